@@ -1,0 +1,71 @@
+"""``Recipe``: all that decides what is learned. No path of a machine, host, card or number of ranks in it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from outgrow.recipes.schema import training
+from outgrow.recipes.schema.data import Data
+from outgrow.recipes.schema.model import ArchitectureModel, Model
+from outgrow.recipes.schema.section import Section
+
+
+class Recipe(Section):
+    """A whole recipe. ``to_dict`` gives what ``Recipe.model_validate`` takes."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    """Version of this format; 1."""
+    run: training.Run
+    """Name and seed."""
+    model: Model
+    """What is trained."""
+    data: Data
+    """What it is trained on."""
+    objective: training.NextToken = training.NextToken()
+    """What is minimised."""
+    batch: training.BatchSize
+    """Rows an optimizer step."""
+    duration: training.Duration
+    """How long."""
+    optimizer: training.AdamW
+    """How parameters move."""
+    schedule: training.Schedule = training.Cosine(kind="cosine")
+    """The learning rate over time."""
+    precision: training.Precision = "bf16"
+    """``bf16``: parameters and optimizer in float32, compute in bfloat16, gradients reduced in float32; ``fp32``; ``fp64`` to tell bugs
+    from rounding."""
+    activation_checkpointing: training.ActivationCheckpointing = "none"
+    """What the backward pass computes again: nothing, whole blocks, or all but matrix products and attention."""
+    deterministic: bool = True
+    """Deterministic kernels alone: the same run twice is bit-identical. False may be faster on a GPU."""
+    validation: training.Validation = training.Validation()
+    """When and how much."""
+    checkpoint: training.Checkpoint = training.Checkpoint()
+    """When to save and what to keep."""
+    logging: training.Logging = training.Logging()
+    """What is written down."""
+    parallel: training.Parallel = training.AutoParallel()
+    """How ranks share the model; ``auto`` unless you insist."""
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _auto_is_short_for_kind_auto(cls, value: Any) -> Any:
+        return {"kind": "auto"} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _rules_across_sections(self) -> Self:
+        names = [stream.name for stream in self.data.streams]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"data.streams: the name {doubled[0]} is given twice; each stream needs its own")
+        if isinstance(self.batch.micro_rows, int) and self.batch.micro_rows > self.batch.rows:
+            raise ValueError(f"batch.micro_rows: {self.batch.micro_rows} is more than batch.rows ({self.batch.rows}); lower it")
+        if isinstance(self.model, ArchitectureModel) and "vocab_size" in self.model.config:
+            raise ValueError("model.config.vocab_size: remove it; the vocabulary size comes from data.tokenizer")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, every default filled in."""
+        return self.model_dump(mode="json", by_alias=True)

@@ -1,0 +1,75 @@
+"""``Site``: where runs go on this machine or cluster. Nothing in it changes what is learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr
+
+from outgrow.errors import SiteError
+from outgrow.recipes.schema.section import Section
+from outgrow.storage import Storage
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Cluster(Section):
+    """The Ray cluster."""
+
+    address: str = "auto"
+    """``auto``: the cluster that this machine belongs to, else an embedded one; ``local``: always an embedded one; or ``host:port`` of
+    a head."""
+    dashboard: str = "http://127.0.0.1:8265"
+    """Address of the job server that ``outgrow submit`` talks to."""
+    token_file: str = "~/.ray/auth_token"
+    """File with the cluster's token, mode 0600."""
+
+
+class Site(Section):
+    """Folders, buckets and machines that a recipe runs on."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    """Version of this format; 1."""
+    storage: str = "~/.local/share/outgrow"
+    """Folder or URL (``s3://bucket/prefix``) that datasets and runs are kept in; a cluster of several nodes needs one that all reach."""
+    storage_options: dict[str, str | int | bool | SecretStr] = {}
+    """Options of the URL's fsspec file system; secrets as ``${env:NAME}``."""
+    cache: str = "~/.cache/outgrow"
+    """Local folder, fast, for copies of what lies in a remote ``storage``."""
+    sources: dict[str, str] = {}
+    """Names that recipes use for data and models, and the folder of each; ``python-stdlib`` is the running Python's own library."""
+    cluster: Cluster = Cluster()
+    """The Ray cluster."""
+    workers: Auto | Positive = "auto"
+    """Ranks of a run; ``auto``: one a GPU, or one on a machine without."""
+    threads_per_worker: Auto | Positive = "auto"
+    """CPU threads a rank; ``auto`` divides the cores of a node among its ranks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What ranks compute on; ``auto``: GPUs where there are any."""
+    build_processes: Auto | Positive = "auto"
+    """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core."""
+
+    def open_storage(self) -> Storage:
+        """The root of datasets and runs."""
+        options = {k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in self.storage_options.items()}
+        return Storage(self.storage, options)
+
+    def locate(self, name: str) -> str:
+        """The folder of a name that a recipe uses. Raises ``SiteError`` where the site does not know it.
+
+        ``recipes.bind`` has already added every name of the recipe, paths relative to it included.
+        """
+        try:
+            return self.sources[name]
+        except KeyError:
+            known = ", ".join(sorted(self.sources)) or "none"
+            raise SiteError(f"no source named '{name}'; known: {known}", hint=f"add it under sources: in site.yaml: {name}: /folder") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with secrets IN CLEAR, for handing to a worker in memory; never print or write it."""
+        data = self.model_dump(mode="json", by_alias=True)
+        data["storage_options"] = {
+            k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in self.storage_options.items()
+        }
+        return data

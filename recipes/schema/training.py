@@ -1,0 +1,166 @@
+"""How it is learned: ``batch``, ``optimizer``, ``schedule``, ``duration``, ``validation``, ``checkpoint``, ``logging``, ``parallel``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from outgrow.recipes.schema.section import Custom, Section
+
+
+class Run(Section):
+    """The name of the run and the seed of everything that is drawn."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,60}$")
+    """Lower-case letters, digits, ``-`` and ``_``; names the run folder."""
+    seed: int = Field(ge=0, lt=2**32)
+    """Seed of the weights, the order of rows and dropout."""
+
+
+class NextToken(Section):
+    """Cross-entropy of the next token of the same document, normalised by the global sum of loss weights."""
+
+    kind: Literal["next_token"] = "next_token"
+
+
+class BatchSize(Section):
+    """The global batch: the same at any number of ranks."""
+
+    rows: int = Field(ge=1)
+    """Rows an optimizer step, over all ranks."""
+    micro_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows a forward pass on one rank; ``auto`` takes all of the rank's rows at once. Smaller saves memory, changes nothing else."""
+
+
+class AdamW(Section):
+    """AdamW (Loshchilov and Hutter 2019); norms, biases and other one-dimensional parameters get no weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; each must be at least 0 and below 1")
+        return self
+
+
+class _Warmup(Section):
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+
+
+class Constant(_Warmup):
+    """Warm-up, then the peak learning rate."""
+
+    kind: Literal["constant"]
+
+
+class Linear(_Warmup):
+    """Warm-up, then a straight line down to ``final_fraction`` of the peak."""
+
+    kind: Literal["linear"]
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate of the last step as a share of the peak."""
+
+
+class Cosine(_Warmup):
+    """Warm-up, then half a cosine down to ``final_fraction`` of the peak (Loshchilov and Hutter 2017)."""
+
+    kind: Literal["cosine"]
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step as a share of the peak."""
+
+
+class WarmupStableDecay(_Warmup):
+    """Warm-up, the peak, then a straight line down over the last ``decay_fraction`` of the steps (Hu et al. 2024)."""
+
+    kind: Literal["warmup_stable_decay"]
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps over which the learning rate falls."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate of the last step as a share of the peak."""
+
+
+class CustomSchedule(Custom):
+    """A function of yours: called as ``factory(step=, steps=, **options)``, returns the learning rate as a share of the peak."""
+
+
+Schedule = Annotated[Constant | Linear | Cosine | WarmupStableDecay | CustomSchedule, Field(discriminator="kind")]
+
+
+class Duration(Section):
+    """How long: exactly one of the three."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens: rounded up to whole steps of ``batch.rows`` x ``data.sequence_length``."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the dataset: rounded up to whole steps."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, tokens, epochs; given: {', '.join(given) or 'none'}")
+        return self
+
+
+class Validation(Section):
+    """Loss on the held-out documents, per stream and over all."""
+
+    every_steps: int = Field(default=500, ge=0)
+    """Optimizer steps between validations, and always one after the last step; 0 for the last alone."""
+    max_rows: int = Field(default=0, ge=0)
+    """At most this many rows of each stream, the same ones every time; 0 for all."""
+
+
+class Checkpoint(Section):
+    """When to save and what to keep. The newest and the last step are always kept."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Optimizer steps between checkpoints, and always one after the last step."""
+    keep_newest: int = Field(default=2, ge=1)
+    """This many of the newest committed checkpoints are kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """This many more are kept: those with the lowest validation loss at their step."""
+
+
+class Logging(Section):
+    """What is written down along the way."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Optimizer steps between logged records; reading a loss costs one device synchronisation."""
+
+
+class AutoParallel(Section):
+    """Worked out from the machines: ``plain`` on one rank, FSDP2 sharded over all ranks beyond."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class Fsdp2(Section):
+    """FSDP2 (``fully_shard`` on each block and the root), on one rank too."""
+
+    kind: Literal["fsdp2"]
+    shard: Literal["all", "node"] | Annotated[int, Field(ge=1)] = "all"
+    """Ranks that share one copy of the model: ``all``; ``node``: shard within a node and replicate across nodes (HSDP); or a
+    number that divides the ranks."""
+    reshard_after_forward: bool = True
+    """Free the gathered parameters of a block after its forward pass; false keeps them, faster and larger."""
+
+
+Parallel = Annotated[AutoParallel | Fsdp2, Field(discriminator="kind")]
+ActivationCheckpointing = Literal["none", "full", "selective"]
+Precision = Literal["fp32", "fp64", "bf16"]

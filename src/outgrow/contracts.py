@@ -1,0 +1,369 @@
+"""Every type that crosses a boundary between the folders of outgrow; imports nothing of ours, and nothing heavy.
+
+A run reads top-down: ``Recipe`` and ``Site`` (recipes) -> ``DatasetCard`` (streaming) -> ``Plan`` (cluster) -> ``JobSpec`` ->
+one ``train_worker(job, context)`` a rank (trainers) -> ``Layout`` -> ``StepRows``/``Batch`` -> ``StepRecord`` (monitoring) ->
+``CheckpointRef`` -> ``ExportManifest``. What goes to another process is plain data: ``to_dict``/``from_dict`` give and take JSON.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+JsonDict: TypeAlias = dict[str, Any]
+EngineName: TypeAlias = Literal["plain", "fsdp2"]
+
+IGNORE_INDEX = -100
+"""The target of a position that predicts nothing (the last token of a document, padding)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A frozen value that goes through JSON and back unchanged; nested records, and lists and dicts of them, too."""
+
+    def to_dict(self) -> JsonDict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The record that ``to_dict`` wrote. Raises ``KeyError``/``TypeError`` on missing or unknown fields."""
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise TypeError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")
+        return cls(**{name: _revive(hints[name], value) for name, value in data.items()})
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    """``value`` (JSON) as the type that ``hint`` names; tuples are homogeneous (``tuple[X, ...]``), unions ``X | None``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _revive(next(a for a in args if a is not type(None)), value)
+    if origin is tuple:
+        return tuple(_revive(args[0], v) for v in value)
+    if origin is dict:
+        return {key: _revive(args[1], v) for key, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_dict(value)
+    return value
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCard(Record):
+    """Counts of one stream in a dataset. ``rows`` is of the training split, ``validation_rows`` of the other."""
+
+    name: str
+    documents: int
+    tokens: int
+    rows: int
+    validation_documents: int
+    validation_tokens: int
+    validation_rows: int
+    skipped: int
+    source_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetCard(Record):
+    """What ``streaming.build`` made: one token store and one row index, both committed under ``Site.storage``.
+
+    ``store`` and ``index`` are paths relative to the site's storage, so a card means the same on every node.
+    ``fill`` is tokens / (rows * sequence_length) of the training split. ``bytes`` is the size of store and index.
+    """
+
+    store: str
+    index: str
+    store_fingerprint: str
+    index_fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eos_token_id: int
+    sequence_length: int
+    tokens: int
+    rows: int
+    fill: float
+    validation_rows: int
+    bytes: int
+    streams: tuple[StreamCard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank: ``n`` packed rows of ``L`` tokens, tensors on the CPU until the engine moves them.
+
+    token_ids   int64 [n, L]    inputs
+    targets     int64 [n, L]    next token of the same document; ``IGNORE_INDEX`` where there is none
+    weights     float32 [n, L]  loss weight of each target; 0 where the target is ``IGNORE_INDEX``
+    segments    int32 [n, L]    number of the document within its row, from 0; -1 for padding
+    positions   int64 [n, L]    position within the document's segment, from 0
+    row_ids     int64 [n]       row of the index, -1 for a zero-weight row that only keeps collectives matched
+    """
+
+    token_ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    row_ids: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """All that one rank computes in one optimizer step.
+
+    ``row_ids`` is the ordered list of the whole step over all ranks (row j belongs to rank j mod world); ``global_weight`` the
+    sum of all loss weights of the step over all ranks, known from the index without a collective; ``tokens`` the number of
+    valid (not padding) tokens of the step over all ranks. ``micro_batches`` has the same length on every rank.
+    """
+
+    step: int
+    epoch: int
+    row_ids: tuple[int, ...]
+    global_weight: float
+    tokens: int
+    micro_batches: tuple[Batch, ...]
+
+
+class Loader(Protocol):
+    """Steps in order from the position it was built at; ``state(step)`` is what a checkpoint keeps of the data position."""
+
+    def __iter__(self) -> Iterator[StepRows]: ...
+    def state(self, next_step: int) -> JsonDict: ...
+    def close(self) -> None: ...
+
+
+# --- where a run goes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Record):
+    index: int
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk(Record):
+    path: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory(Record):
+    """What one machine has, as seen by this process (cgroup limits included in ``cores`` and ``memory_bytes``)."""
+
+    hostname: str
+    cores: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    disks: tuple[Disk, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(Record):
+    """What planning needs to know of a model, found without allocating it.
+
+    ``parameters`` counts tied weights once; ``largest_tensor`` is the element count of the biggest parameter;
+    ``blocks`` the number of transformer blocks.
+    """
+
+    family: str
+    parameters: int
+    largest_tensor: int
+    blocks: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(Record):
+    """How one world size runs a recipe; a pure function of recipe and world, asked again at every (re)start.
+
+    ``shard`` x ``replicate`` = ``world``: the axes of the device mesh. Each rank runs ``accumulation`` micro-batches of at
+    most ``micro_rows`` rows a step; a rank that has no row for one of them runs a zero-weight row.
+    """
+
+    engine: EngineName
+    world: int
+    replicate: int
+    shard: int
+    global_rows: int
+    micro_rows: int
+    accumulation: int
+
+    def rank_rows(self, row_ids: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], ...]:
+        """The rows of ``rank``, one tuple a micro-batch (empty where the rank is short of rows)."""
+        mine = row_ids[rank :: self.world]
+        return tuple(mine[i * self.micro_rows : (i + 1) * self.micro_rows] for i in range(self.accumulation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Record):
+    """One reason why a run cannot start: what was asked, what there is, and the nearest thing that works."""
+
+    asked: str
+    available: str
+    nearest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Record):
+    """Verdict and forecast for people: it can start when ``refusals`` is empty. Byte counts are of the run's storage."""
+
+    run: str
+    workers: int
+    device: str
+    threads_per_worker: int
+    layout: Layout | None
+    steps: int
+    steps_per_epoch: int
+    tokens: int
+    checkpoint_bytes: int
+    run_bytes: int
+    storage: str
+    storage_free_bytes: int | None
+    environment: dict[str, str]
+    refusals: tuple[Refusal, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRef(Record):
+    """A run folder: ``folder`` relative to the site's storage; ``fingerprint`` of what is learned, no site key in it."""
+
+    name: str
+    folder: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec(Record):
+    """All that a worker is given, as plain data: recipe and site as dicts of their schemas, and the dataset's card.
+
+    ``site`` holds secrets in clear: it is passed in memory, never printed or written.
+    """
+
+    recipe: JsonDict
+    site: JsonDict = field(repr=False)
+    card: DatasetCard
+    run: RunRef
+    workers: int
+    threads_per_worker: int
+    device: str
+
+
+class Context(Protocol):
+    """What a worker knows of its surroundings: under Ray Train ``RayContext``, under plain processes ``LocalContext``.
+
+    torch.distributed is initialised before ``train_worker`` runs when ``world`` > 1 (gloo on CPU, nccl on GPU).
+    ``attempt`` names this start of the whole group, equal on all ranks and new at every restart.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def local_rank(self) -> int: ...
+    @property
+    def local_world(self) -> int: ...
+    @property
+    def node_rank(self) -> int: ...
+    @property
+    def attempt(self) -> str: ...
+    def barrier(self) -> None: ...
+    def report(self, record: StepRecord) -> None:
+        """Hand a record to whoever watches the run; never waits, and does nothing on ranks other than 0."""
+
+
+class TrainWorker(Protocol):
+    """The function that ``cluster`` runs on every rank; the command line hands it in."""
+
+    def __call__(self, job: JobSpec, context: Context) -> WorkerResult: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResult(Record):
+    """What rank 0 says at the end. ``step`` counts finished optimizer steps; losses are nats a weighted token."""
+
+    step: int
+    tokens: int
+    train_loss: float
+    validation_loss: float | None
+    checkpoint: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(Record):
+    """How a run ended, for the driver. ``restarts`` counts starts of the worker group after the first."""
+
+    run: RunRef
+    worker: WorkerResult
+    restarts: int
+
+
+# --- what a run shows and keeps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """One line of ``events.jsonl`` and of the live display.
+
+    ``kind``: ``start`` (a worker group begins or resumes), ``step`` (a logged optimizer step), ``validation``, ``checkpoint``,
+    ``end``. ``step`` counts finished steps. ``time`` is Unix seconds; durations are seconds; ``loss`` is nats a weighted token
+    over the global batch; what does not apply to a kind is left at its default. ``detail`` holds what belongs to one kind
+    only: per-stream validation losses, bytes and stages of a checkpoint, versions at the start.
+    """
+
+    kind: Literal["start", "step", "validation", "checkpoint", "end"]
+    attempt: str
+    time: float
+    step: int
+    steps: int
+    epoch: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    step_s: float | None = None
+    data_wait_s: float | None = None
+    tokens_per_s: float | None = None
+    detail: JsonDict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRef(Record):
+    """A committed checkpoint: ``folder`` relative to the site's storage, ``digest`` that of its manifest."""
+
+    folder: str
+    step: int
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportManifest(Record):
+    """What lies in an exported folder: sha256 of every file, and where the weights came from."""
+
+    run: str
+    step: int
+    checkpoint_digest: str
+    dtype: str
+    parameters: int
+    files: dict[str, str]
