@@ -37,9 +37,7 @@ class Region:
     def intersect(self, other: Region) -> Region | None:
         """The box that both cover; None where they do not meet."""
         start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        stop = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        )
+        stop = tuple(min(a + n, b + m) for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True))
         shape = tuple(e - s for s, e in zip(start, stop, strict=True))
         return Region(start, shape) if all(n > 0 for n in shape) else None
 

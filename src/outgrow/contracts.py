@@ -2,7 +2,8 @@
 
 A run reads top-down: ``Recipe`` and ``Site`` (recipes) -> ``DatasetCard`` (streaming) -> ``Plan`` (cluster) -> ``JobSpec`` ->
 one ``train_worker(job, context)`` a rank (trainers) -> ``Layout`` -> ``StepRows``/``Batch`` -> ``StepRecord`` (monitoring) ->
-``CheckpointRef`` -> ``ExportManifest``. What goes to another process is plain data: ``to_dict``/``from_dict`` give and take JSON.
+``CheckpointRef`` -> ``ExportManifest``. What goes to another process is plain data: ``to_dict`` and ``from_dict`` give and take
+JSON.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Storage:
         self.write(key, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write ``key`` if it is not there yet; False where it is. Atomic on local folders and on stores with conditional put."""
+        """Write ``key`` if it is not there yet; False where it is. Atomic where the store can do it."""
         path = self.path(key)
         if self.is_local:
             os.makedirs(os.path.dirname(path), exist_ok=True)

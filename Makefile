@@ -1,0 +1,43 @@
+# One command each: quickstart, test, lint, doctor, system-deps. All set-up goes into .venv; nothing outside this folder is
+# touched, but by `make system-deps`, which asks the system's package manager, and the run storage under ~/.local/share/outgrow.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE = 1
+
+.PHONY: quickstart test lint doctor system-deps docs benchmarks clean
+.DEFAULT_GOAL := quickstart
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14) and "outgrow needs Python 3.11 to 3.13; name one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/python -m outgrow.cli.quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m outgrow.recipes.reference
+
+doctor:
+	@$(PYTHON) tests/doctor.py
+
+system-deps:
+	apt-get update
+	apt-get install --yes --no-install-recommends g++ ninja-build iproute2 util-linux
+
+benchmarks: $(READY)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

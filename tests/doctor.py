@@ -1,0 +1,54 @@
+"""The system tools that outgrow and its tests use, which of them are here, and what misses without the others.
+
+``make doctor`` runs this file with any Python; it imports nothing but the standard library. Tests ask ``need``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tool:
+    command: str
+    package: str
+    purpose: str
+
+
+TOOLS = (
+    Tool("ip", "iproute2", "tests/integration/test_two_nodes.py: two hosts as network namespaces"),
+    Tool("unshare", "util-linux", "tests/integration/test_two_nodes.py: a host that sees none of the other's folders"),
+    Tool("g++", "g++", "torch.compile on a CPU, and the DeepSpeed engine to come"),
+    Tool("ninja", "ninja-build", "the DeepSpeed engine to come"),
+)
+
+
+def need(*commands: str) -> None:
+    """Skip the calling test, loudly, where a tool is absent; with REQUIRE_ALL=1 (CI) fail it instead."""
+    import pytest
+
+    absent = [tool for tool in TOOLS if tool.command in commands and not shutil.which(tool.command)]
+    if not absent:
+        return
+    text = f"needs {', '.join(f'{tool.command} (package {tool.package})' for tool in absent)}: run make system-deps"
+    if os.environ.get("REQUIRE_ALL") == "1":
+        pytest.fail(text)
+    pytest.skip(text)
+
+
+def main() -> int:
+    absent = 0
+    for tool in TOOLS:
+        path = shutil.which(tool.command)
+        absent += path is None
+        print(f"{'found  ' if path else 'MISSING'}  {tool.command:<8} {path or 'package ' + tool.package:<24} {tool.purpose}")
+    if absent:
+        print("make system-deps installs what is missing (Debian, Ubuntu; as root)")
+    return 1 if absent else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
