@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema.section import Custom, Section
+from outgrow.recipes.schema.section import Custom, Section, SourceName
 
-SourceName = Annotated[str, Field(min_length=1)]
 OnError = Literal["stop", "skip"]
 
 

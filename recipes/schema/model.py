@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema.section import Section
+from outgrow.recipes.schema.section import Section, SourceName
 
 
 class ArchitectureModel(Section):
@@ -14,17 +14,17 @@ class ArchitectureModel(Section):
 
     kind: Literal["architecture"]
     family: str = Field(pattern=r"^[a-z0-9_]+$")
-    """The ``model_type`` of transformers: llama, mistral, qwen3, gemma2, mixtral, or one that passed ``outgrow model check``."""
+    """The ``model_type`` of transformers: llama, mistral, qwen3, gemma2, mixtral, or what passed ``outgrow model check``."""
     config: dict[str, Any] = {}
-    """Keys of the family's transformers configuration (hidden_size, num_hidden_layers, ...); the vocabulary size and the special
-    tokens come from the dataset."""
+    """Keys of the family's transformers configuration (hidden_size, num_hidden_layers, ...); the vocabulary size and the
+    special tokens come from the dataset."""
 
 
 class FolderModel(Section):
     """Weights to go on from: a local Hugging Face folder of safetensors."""
 
     kind: Literal["folder"]
-    path: str = Field(min_length=1)
+    path: SourceName
     """A name that the site maps to a folder, or a folder relative to the recipe."""
 
 

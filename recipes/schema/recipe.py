@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from outgrow.recipes.schema import training
 from outgrow.recipes.schema.data import Data
@@ -34,8 +35,8 @@ class Recipe(Section):
     schedule: training.Schedule = training.Cosine(kind="cosine")
     """The learning rate over time."""
     precision: training.Precision = "bf16"
-    """``bf16``: parameters and optimizer in float32, compute in bfloat16, gradients reduced in float32; ``fp32``; ``fp64`` to tell bugs
-    from rounding."""
+    """``bf16``: parameters and optimizer in float32, compute in bfloat16, gradients reduced in float32; ``fp32``; ``fp64`` to
+    tell bugs from rounding."""
     activation_checkpointing: training.ActivationCheckpointing = "none"
     """What the backward pass computes again: nothing, whole blocks, or all but matrix products and attention."""
     deterministic: bool = True
@@ -49,22 +50,20 @@ class Recipe(Section):
     parallel: training.Parallel = training.AutoParallel()
     """How ranks share the model; ``auto`` unless you insist."""
 
-    @field_validator("parallel", mode="before")
+    @field_validator("parallel", mode="before", json_schema_input_type=Literal["auto"] | training.Parallel)
     @classmethod
     def _auto_is_short_for_kind_auto(cls, value: Any) -> Any:
         return {"kind": "auto"} if value == "auto" else value
 
-    @model_validator(mode="after")
-    def _rules_across_sections(self) -> Self:
+    def rules(self) -> Iterator[tuple[str, str]]:
         names = [stream.name for stream in self.data.streams]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"data.streams: the name {doubled[0]} is given twice; each stream needs its own")
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield f"data.streams[{index}].name", f"'{name}' is given twice; each stream needs a name of its own"
         if isinstance(self.batch.micro_rows, int) and self.batch.micro_rows > self.batch.rows:
-            raise ValueError(f"batch.micro_rows: {self.batch.micro_rows} is more than batch.rows ({self.batch.rows}); lower it")
+            yield "batch.micro_rows", f"{self.batch.micro_rows} is more than batch.rows ({self.batch.rows}); lower it"
         if isinstance(self.model, ArchitectureModel) and "vocab_size" in self.model.config:
-            raise ValueError("model.config.vocab_size: remove it; the vocabulary size comes from data.tokenizer")
-        return self
+            yield "model.config.vocab_size", "remove it; the vocabulary size comes from data.tokenizer"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, every default filled in."""

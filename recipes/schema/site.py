@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from outgrow.errors import SiteError
-from outgrow.recipes.schema.section import Section
+from outgrow.recipes.schema.section import Mark, Section
 from outgrow.storage import Storage
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
+Location = Annotated[str, Mark.LOCATION]
+
+SECRET_NAME = re.compile("key|secret|token|password", re.IGNORECASE)
+"""Names of options whose text is a secret."""
 
 
 class Cluster(Section):
     """The Ray cluster."""
 
     address: str = "auto"
-    """``auto``: the cluster that this machine belongs to, else an embedded one; ``local``: always an embedded one; or ``host:port`` of
-    a head."""
+    """``auto``: the cluster that this machine belongs to, else an embedded one; ``local``: always an embedded one; or
+    ``host:port`` of a head."""
     dashboard: str = "http://127.0.0.1:8265"
     """Address of the job server that ``outgrow submit`` talks to."""
-    token_file: str = "~/.ray/auth_token"
+    token_file: Location = "~/.ray/auth_token"
     """File with the cluster's token, mode 0600."""
 
 
@@ -31,14 +37,15 @@ class Site(Section):
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     """Version of this format; 1."""
-    storage: str = "~/.local/share/outgrow"
-    """Folder or URL (``s3://bucket/prefix``) that datasets and runs are kept in; a cluster of several nodes needs one that all reach."""
-    storage_options: dict[str, str | int | bool | SecretStr] = {}
+    storage: Location = "~/.local/share/outgrow"
+    """Folder or URL (``s3://bucket/prefix``) that datasets and runs are kept in; several nodes need one that all reach."""
+    storage_options: dict[str, Annotated[str | int | bool | SecretStr, Mark.SECRET]] = {}
     """Options of the URL's fsspec file system; secrets as ``${env:NAME}``."""
-    cache: str = "~/.cache/outgrow"
+    cache: Location = "~/.cache/outgrow"
     """Local folder, fast, for copies of what lies in a remote ``storage``."""
-    sources: dict[str, str] = {}
-    """Names that recipes use for data and models, and the folder of each; ``python-stdlib`` is the running Python's own library."""
+    sources: dict[str, Location] = {}
+    """Names that recipes use for data and models, and the folder or URL of each; ``python-stdlib``, the running Python's own
+    library, is always there."""
     cluster: Cluster = Cluster()
     """The Ray cluster."""
     workers: Auto | Positive = "auto"
@@ -49,6 +56,17 @@ class Site(Section):
     """What ranks compute on; ``auto``: GPUs where there are any."""
     build_processes: Auto | Positive = "auto"
     """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core."""
+
+    @field_validator("storage_options")
+    @classmethod
+    def _secrets_stay_out_of_sight(
+        cls, options: dict[str, str | int | bool | SecretStr]
+    ) -> dict[str, str | int | bool | SecretStr]:
+        return {k: SecretStr(v) if isinstance(v, str) and SECRET_NAME.search(k) else v for k, v in options.items()}
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if "://" in self.cache:
+            yield "cache", f"given '{self.cache}'; allowed: a local folder"
 
     def open_storage(self) -> Storage:
         """The root of datasets and runs."""
@@ -64,7 +82,9 @@ class Site(Section):
             return self.sources[name]
         except KeyError:
             known = ", ".join(sorted(self.sources)) or "none"
-            raise SiteError(f"no source named '{name}'; known: {known}", hint=f"add it under sources: in site.yaml: {name}: /folder") from None
+            raise SiteError(
+                f"no source named '{name}'; known: {known}", hint=f"add it under sources: in site.yaml: {name}: /folder"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with secrets IN CLEAR, for handing to a worker in memory; never print or write it."""

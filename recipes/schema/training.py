@@ -1,10 +1,11 @@
-"""How it is learned: ``batch``, ``optimizer``, ``schedule``, ``duration``, ``validation``, ``checkpoint``, ``logging``, ``parallel``."""
+"""How it is learned: ``run``, ``batch``, ``optimizer``, ``schedule``, ``duration``, ``checkpoint``, ``parallel`` and so on."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from outgrow.recipes.schema.section import Custom, Section
 
@@ -30,7 +31,8 @@ class BatchSize(Section):
     rows: int = Field(ge=1)
     """Rows an optimizer step, over all ranks."""
     micro_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows a forward pass on one rank; ``auto`` takes all of the rank's rows at once. Smaller saves memory, changes nothing else."""
+    """Rows a forward pass on one rank; ``auto`` takes all of the rank's rows at once. Fewer save memory and change nothing
+    else."""
 
 
 class AdamW(Section):
@@ -48,11 +50,9 @@ class AdamW(Section):
     clip_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
 
-    @model_validator(mode="after")
-    def _betas_below_one(self) -> Self:
+    def rules(self) -> Iterator[tuple[str, str]]:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {list(self.betas)}; each must be at least 0 and below 1")
-        return self
+            yield "betas", f"given {list(self.betas)}; allowed: two numbers, each at least 0 and below 1"
 
 
 class _Warmup(Section):
@@ -93,7 +93,7 @@ class WarmupStableDecay(_Warmup):
 
 
 class CustomSchedule(Custom):
-    """A function of yours: called as ``factory(step=, steps=, **options)``, returns the learning rate as a share of the peak."""
+    """A function of yours: ``factory(step=, steps=, **options)`` returns the learning rate as a share of the peak."""
 
 
 Schedule = Annotated[Constant | Linear | Cosine | WarmupStableDecay | CustomSchedule, Field(discriminator="kind")]
@@ -109,12 +109,10 @@ class Duration(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the dataset: rounded up to whole steps."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
+    def rules(self) -> Iterator[tuple[str, str]]:
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, tokens, epochs; given: {', '.join(given) or 'none'}")
-        return self
+            yield "", f"given {' and '.join(given) or 'none'}; allowed: exactly one of steps, tokens, epochs"
 
 
 class Validation(Section):

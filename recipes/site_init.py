@@ -1,0 +1,56 @@
+"""The text of a first site.yaml, made from what a machine has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from outgrow.contracts import Disk, Inventory
+
+_GIB = 2**30
+
+
+def init_site(inventory: Inventory, home: Path) -> str:
+    """A commented site.yaml whose storage and cache lie on the disk with the most free space."""
+    storage, cache, free = _folders(inventory.disks, home)
+    gpus = ", ".join(gpu.name for gpu in inventory.gpus) or "no GPU"
+    machine = f"{inventory.cores} cores, {inventory.memory_bytes / _GIB:.0f} GiB of memory, {gpus}"
+    return f"""\
+# Where runs go on this machine: {machine}.
+# Nothing in it changes what is learned. Every key: docs/site.md
+schema: 1
+
+# Datasets and runs; {free}. Several nodes need a place that all of them reach:
+#   storage: s3://bucket/prefix
+#   storage_options: {{key: "${{env:AWS_ACCESS_KEY_ID}}", secret: "${{env:AWS_SECRET_ACCESS_KEY}}"}}
+storage: {storage}
+
+# Copies of what lies in a remote storage; a fast local disk.
+cache: {cache}
+
+# Names that recipes use, and the folder or URL of each. python-stdlib is always there.
+sources: {{}}
+#   texts: ~/texts
+
+# auto: one rank a GPU, or one on a machine without; the cores of a node are divided among its ranks.
+workers: auto
+threads_per_worker: auto
+device: auto
+
+# auto: the Ray cluster that this machine belongs to, else an embedded one; or host:port of a head.
+cluster:
+  address: auto
+"""
+
+
+def _folders(disks: tuple[Disk, ...], home: Path) -> tuple[str, str, str]:
+    """Storage, cache, and a word on free space. The home's own disk wins a tie and keeps the usual hidden folders."""
+    usual = ("~/.local/share/outgrow", "~/.cache/outgrow")
+    if not disks:
+        return (*usual, "free space unknown")
+    at_home = max((disk for disk in disks if home.is_relative_to(disk.path)), key=lambda disk: len(disk.path), default=None)
+    best = max(disks, key=lambda disk: (disk.free_bytes, disk is at_home))
+    free = f"{best.free_bytes / _GIB:.0f} GiB are free there"
+    if best is at_home:
+        return (*usual, free)
+    return json.dumps(f"{best.path}/outgrow"), json.dumps(f"{best.path}/outgrow-cache"), free
