@@ -1,0 +1,167 @@
+"""Batches for one rank: optimizer steps in order from any step on, the same whatever the ranks, workers and restarts before.
+
+``build_loader`` reads training steps, in this process or ahead of time in loader workers; ``build_validation`` the held-out
+rows. What a step holds is decided by ``sampler``; here it only becomes tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from outgrow.contracts import Batch, DatasetCard, JobSpec, JsonDict, Layout, Loader, StepRows
+from outgrow.errors import RunError
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.site import Site
+from outgrow.streaming.fetch import local_dataset
+from outgrow.streaming.packing import PackedRows
+from outgrow.streaming.read_ahead import Assignment, Worker, read_ahead_depth
+from outgrow.streaming.steps import PackedStep, ReadPlan, SplitReader, StepReader, validation_steps
+
+
+def build_loader(job: JobSpec, layout: Layout, rank: int, *, start_step: int, stop_step: int) -> Loader:
+    """The steps ``start_step`` to ``stop_step`` (exclusive) of ``rank``; ``data.loader_workers`` processes read ahead.
+
+    The dataset is fetched first where the site's storage is remote. Raises ``DataError`` where it is not there,
+    ``IntegrityError`` (also later, while iterating) for bytes that differ from their digest.
+    """
+    plan = read_plan(job, layout, rank)
+    workers = Recipe.model_validate(job.recipe).data.loader_workers
+    steps = range(start_step, stop_step)
+    if workers == 0:
+        return _InProcessLoader(job, steps, StepReader(plan))
+    depth = read_ahead_depth(plan, job.card.sequence_length)
+    return _ReadAheadLoader(job, steps, plan, num_workers=min(workers, len(steps)), depth=depth)
+
+
+def build_validation(job: JobSpec, layout: Layout, rank: int) -> Validation:
+    """Name of the stream and rows of every validation step; iterate as often as needed, the rows are the same every time."""
+    max_rows = Recipe.model_validate(job.recipe).validation.max_rows
+    return Validation(SplitReader(read_plan(job, layout, rank), "validation"), max_rows)
+
+
+def loader_state(job: JobSpec, next_step: int) -> JsonDict:
+    """What a checkpoint keeps of the data position: enough to go on, and to refuse another dataset, batch or seed."""
+    return {**_identity(job), "step": next_step, "epoch": next_step // _steps_per_epoch(job)}
+
+
+def check_state(state: Mapping[str, Any], job: JobSpec) -> int:
+    """The step to go on from. Raises ``RunError`` where the checkpoint was trained on other rows."""
+    labels = {"index_fingerprint": "row index", "global_rows": "batch.rows", "seed": "run.seed"}
+    for key, now in _identity(job).items():
+        if state[key] != now:
+            raise RunError(
+                f"the checkpoint was made with {labels[key]} {state[key]}, this run has {now}",
+                hint="the rows of a run cannot change half-way: train --fresh, or init_from its weights",
+            )
+    return int(state["step"])
+
+
+class Validation:
+    """The held-out rows of one rank; every rank gets the same number of micro-batches in each step."""
+
+    def __init__(self, reader: SplitReader, max_rows: int) -> None:
+        self._reader = reader
+        self._steps = validation_steps(reader, max_rows)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[tuple[str, StepRows]]:
+        for number, (name, row_ids) in enumerate(self._steps):
+            yield name, _to_step_rows(self._reader.read(number, 0, row_ids))
+
+
+class _InProcessLoader:
+    def __init__(self, job: JobSpec, steps: range, reader: StepReader) -> None:
+        self._job = job
+        self._steps = steps
+        self._reader = reader
+
+    def __iter__(self) -> Iterator[StepRows]:
+        for step in self._steps:
+            yield _to_step_rows(self._reader.read(step))
+
+    def state(self, next_step: int) -> JsonDict:
+        return loader_state(self._job, next_step)
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+class _ReadAheadLoader:
+    """Worker ``k`` of ``n`` reads every n-th step from the k-th on, so taking turns gives them in order."""
+
+    def __init__(self, job: JobSpec, steps: range, plan: ReadPlan, *, num_workers: int, depth: int) -> None:
+        self._job = job
+        self._steps = steps
+        self.workers = [
+            Worker(Assignment(plan=plan, first=steps.start + k, stop=steps.stop, stride=num_workers), depth=depth)
+            for k in range(num_workers)
+        ]
+
+    def __iter__(self) -> Iterator[StepRows]:
+        """Once only: a step that was taken is gone."""
+        for turn, _ in enumerate(self._steps):
+            yield _to_step_rows(self.workers[turn % len(self.workers)].take())
+
+    def state(self, next_step: int) -> JsonDict:
+        return loader_state(self._job, next_step)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
+
+
+def read_plan(job: JobSpec, layout: Layout, rank: int) -> ReadPlan:
+    """Where a rank reads what, with the dataset on this node."""
+    store = local_dataset(Site.model_validate(job.site), job.card)
+    return ReadPlan(
+        store=str(store),
+        index=str(_index_folder(store, job.card)),
+        index_fingerprint=job.card.index_fingerprint,
+        layout=layout,
+        rank=rank,
+        seed=Recipe.model_validate(job.recipe).run.seed,
+        fill_token=job.card.eos_token_id,
+    )
+
+
+def _index_folder(store: Path, card: DatasetCard) -> Path:
+    return store / PurePosixPath(card.index).relative_to(card.store)
+
+
+def _identity(job: JobSpec) -> JsonDict:
+    recipe = Recipe.model_validate(job.recipe)
+    return {"index_fingerprint": job.card.index_fingerprint, "global_rows": recipe.batch.rows, "seed": recipe.run.seed}
+
+
+def _steps_per_epoch(job: JobSpec) -> int:
+    return -(-job.card.rows // Recipe.model_validate(job.recipe).batch.rows)
+
+
+def _to_step_rows(packed: PackedStep) -> StepRows:
+    return StepRows(
+        step=packed.step,
+        epoch=packed.epoch,
+        row_ids=packed.row_ids,
+        global_weight=packed.global_weight,
+        tokens=packed.tokens,
+        micro_batches=tuple(_to_batch(rows) for rows in packed.micro_batches),
+    )
+
+
+def _to_batch(rows: PackedRows) -> Batch:
+    """Tensors over the arrays' own memory."""
+    return Batch(
+        token_ids=torch.from_numpy(rows.token_ids),
+        targets=torch.from_numpy(rows.targets),
+        weights=torch.from_numpy(rows.weights),
+        segments=torch.from_numpy(rows.segments),
+        positions=torch.from_numpy(rows.positions),
+        row_ids=torch.from_numpy(rows.row_ids),
+    )

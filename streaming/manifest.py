@@ -1,0 +1,49 @@
+"""The manifest of a committed folder: a JSON file with the sha256 of every other file, and the marker that makes it count.
+
+A token store has ``store.json``, a row index ``index.json``. ``COMMITTED`` is written last and holds the sha256 of the
+manifest; a folder without it was never finished and is not read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from outgrow.errors import DataError, IntegrityError
+from outgrow.storage import digest, sync_tree, tree_digests
+
+MARKER = "COMMITTED"
+FILES = "files"
+"""Key of the manifest that holds the sha256 of every file by relative path."""
+
+
+def commit(folder: Path, name: str, facts: dict[str, Any]) -> None:
+    """Write the manifest ``name`` (``facts`` and the digest of every file below ``folder``), then the marker; all durable.
+
+    The folder is still aside; the caller renames it into place.
+    """
+    text = json.dumps({**facts, FILES: tree_digests(folder)}, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    (folder / name).write_bytes(text)
+    (folder / MARKER).write_text(digest(text) + "\n")
+    sync_tree(folder)
+
+
+def is_committed(folder: Path) -> bool:
+    return (folder / MARKER).is_file()
+
+
+def read_manifest(folder: Path, name: str) -> dict[str, Any]:
+    """The manifest of a committed folder. Raises ``DataError`` where there is no marker, ``IntegrityError`` where it
+    differs."""
+    if not is_committed(folder):
+        raise DataError("the folder was never finished or is not there", where=str(folder), hint="outgrow data build makes it")
+    return check_manifest((folder / name).read_bytes(), (folder / MARKER).read_text(), str(folder / name))
+
+
+def check_manifest(text: bytes, marker: str, where: str) -> dict[str, Any]:
+    """``text`` parsed, once its sha256 equals the marker's."""
+    if digest(text) != marker.strip():
+        raise IntegrityError("the manifest differs from the digest in its COMMITTED marker", where=where)
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest

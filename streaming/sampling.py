@@ -1,0 +1,68 @@
+"""Text to train a tokenizer on, and a forecast of the token store's size, from a part of the sources."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from outgrow.errors import DataError
+from outgrow.streaming.sources import Document, Skipped, Source
+from outgrow.streaming.tokenise import Tokenise
+
+_FORECAST_BYTES = 256 * 1024
+"""Text of each stream that a forecast is made from."""
+_RECORD_BYTES = 64
+"""Bytes of a document in the store beside its tokens, source and metadata: offsets, column sizes, counts."""
+_MARGIN = 1.2
+
+
+def sample_texts(sources: Sequence[Source], limit_bytes: int) -> Iterator[str]:
+    """Texts of at most ``limit_bytes`` in UTF-8, the same share of every part of every stream; a pure function of the inputs.
+
+    Raises ``DataError`` where a source holds token ids instead of text.
+    """
+    total = sum(item.text_bytes for source in sources for item in source.inputs)
+    share = min(1.0, limit_bytes / max(total, 1))
+    left = 0.0
+    for source in sources:
+        for unit in source.units():
+            left += unit.num_bytes * share
+            for document in unit.documents():
+                if left < 1:
+                    break
+                text = _first_bytes(document, int(left))
+                left -= len(text.encode())
+                yield text
+
+
+def _first_bytes(document: Document | Skipped, num_bytes: int) -> str:
+    if isinstance(document, Skipped):
+        return ""
+    if document.text is None:
+        raise DataError(
+            "the document holds token ids; a tokenizer is trained on text",
+            where=document.source,
+            hint="set data.tokenizer to the folder of the tokenizer that made them",
+        )
+    return document.text[:num_bytes].encode()[:num_bytes].decode(errors="ignore")
+
+
+def forecast_bytes(sources: Sequence[Source], tokenizer: Path) -> int:
+    """Bytes that a token store of the sources takes, with a margin of a fifth: what the first documents of each stream take,
+    scaled to the whole."""
+    tokenise = Tokenise(tokenizer, 0.0)
+    return sum(_forecast(source, tokenise) for source in sources)
+
+
+def _forecast(source: Source, tokenise: Tokenise) -> int:
+    read = stored = 0
+    for unit in source.units():
+        block = tokenise((0, unit))
+        described = sum(len(s) + len(json.dumps(m)) for s, m in zip(block.sources, block.metas, strict=True))
+        read += unit.num_bytes
+        stored += block.tokens.nbytes + described + _RECORD_BYTES * len(block.sources)
+        if read >= _FORECAST_BYTES:
+            break
+    total = sum(item.text_bytes for item in source.inputs)
+    return int(_MARGIN * stored * max(1.0, total / max(read, 1)))

@@ -1,0 +1,27 @@
+"""Random orders that stay the same for ever: on another machine, and with another numpy.
+
+numpy promises that the raw stream of a bit generator never changes; ``Generator.permutation`` carries no such promise. So an
+order is the argsort of raw 64-bit draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+
+def sort_keys(count: int, *entropy: int | str) -> npt.NDArray[np.uint64]:
+    """``count`` draws, uint64 [count], that depend on ``entropy`` alone; sorting by them shuffles."""
+    seeds = [item if isinstance(item, int) else _number(item) for item in entropy]
+    return np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+
+
+def permutation(count: int, *entropy: int | str) -> npt.NDArray[np.int64]:
+    """0 to ``count`` - 1 in an order that depends on ``entropy`` alone, int64 [count]."""
+    return np.argsort(sort_keys(count, *entropy), kind="stable").astype(np.int64, copy=False)
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

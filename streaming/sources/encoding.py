@@ -1,0 +1,62 @@
+"""Bytes of a text file to text: UTF-8 or a byte order mark, else a detected encoding that leaves no doubt."""
+
+from __future__ import annotations
+
+import codecs
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark begins with UTF-16's
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_SAMPLE_BYTES = 1024 * 1024
+_MIN_COHERENCE = 0.3
+"""Least share of the text that charset-normalizer must recognise as a language."""
+_MIN_LEAD = 0.1
+"""Least lead in coherence over an encoding that would give another text."""
+
+
+class UndecodableError(ValueError):
+    """Says in plain words why bytes are not taken as text."""
+
+
+def decode(data: bytes, encoding: str) -> tuple[str, str]:
+    """The text of ``data`` and the codec it was decoded with; ``encoding`` is a codec name or ``auto``.
+
+    Raises ``UndecodableError`` where the codec does not fit, and under ``auto`` where more than one might.
+    """
+    if encoding == "auto":
+        encoding = _detect(data)
+    try:
+        return data.decode(encoding), encoding
+    except UnicodeDecodeError as error:
+        raise UndecodableError(f"byte {error.start} is not {encoding}: {error.reason}") from None
+
+
+def _detect(data: bytes) -> str:
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return encoding
+    if b"\0" in data:
+        raise UndecodableError("it holds zero bytes: not text, or UTF-16 without a byte order mark")
+    try:
+        codecs.utf_8_decode(data, "strict", True)
+    except UnicodeDecodeError:
+        return _guess(data[:_SAMPLE_BYTES])
+    return "utf-8"
+
+
+def _guess(sample: bytes) -> str:
+    import charset_normalizer  # slow to import, and most files never need it
+
+    matches = list(charset_normalizer.from_bytes(sample))
+    if not matches:
+        raise UndecodableError("no encoding fits")
+    best = matches[0]
+    rivals = [m for m in matches[1:] if m.coherence > best.coherence - _MIN_LEAD and str(m) != str(best)]
+    if best.coherence < _MIN_COHERENCE or rivals:
+        names = ", ".join(dict.fromkeys(match.encoding for match in [best, *rivals][:4]))
+        raise UndecodableError(f"its encoding is in doubt (perhaps {names})")
+    return best.encoding
