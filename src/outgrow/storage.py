@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -31,7 +32,7 @@ class Storage:
         self.root_url = root
         fs, path = fsspec.core.url_to_fs(root, **dict(options or {}))
         self.fs: Any = fs
-        self.root: str = path.rstrip("/") or "/"
+        self.root: str = path.rstrip("/")
         self.is_local = isinstance(fs, LocalFileSystem)
 
     def path(self, key: str) -> str:
@@ -39,7 +40,7 @@ class Storage:
         parts = PurePosixPath(key)
         if parts.is_absolute() or ".." in parts.parts or "\0" in key:
             raise UserError(f"'{key}' is not a path below {self.root_url}")
-        return f"{self.root}/{parts}" if key else self.root
+        return f"{self.root}/{parts}" if key else self.root or "/"
 
     def exists(self, key: str) -> bool:
         self.fs.invalidate_cache()
@@ -54,6 +55,15 @@ class Storage:
             return []
         paths = {str(entry).rstrip("/") for entry in entries} - {self.path(key)}
         return sorted(PurePosixPath(path).name for path in paths)
+
+    def sizes(self, key: str) -> dict[str, int]:
+        """Bytes of each file directly below ``key``, by name; empty where there is no such folder."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(key), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {PurePosixPath(entry["name"]).name: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
     def size(self, key: str) -> int:
         return int(self.fs.size(self.path(key)))
@@ -82,11 +92,7 @@ class Storage:
         if self.is_local:
             path = Path(self.path(key))
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            aside = _write_aside(path, data)
             os.replace(aside, path)
             sync_folder(path.parent)
         else:
@@ -96,20 +102,16 @@ class Storage:
         self.write(key, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write ``key`` if it is not there yet; False where it is. Atomic where the store can do it."""
-        path = self.path(key)
+        """Write ``key`` whole if it is not there yet; False where it is. Of many that try at once, one gets True.
+
+        On a bucket that holds where the store has conditional put.
+        """
         if self.is_local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        elif self.exists(key):
+            return _create_local(Path(self.path(key)), data)
+        if self.exists(key):
             return False
         try:
-            if self.is_local:
-                with open(path, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            else:
-                self.fs.pipe_file(path, data, mode="create")
+            self.fs.pipe_file(self.path(key), data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -157,6 +159,34 @@ class Storage:
         """Copy ``key`` to a local file; the caller checks its digest."""
         local.parent.mkdir(parents=True, exist_ok=True)
         self.fs.get_file(self.path(key), str(local))
+
+
+def _write_aside(path: Path, data: bytes) -> Path:
+    """A durable file beside ``path`` that holds ``data``, ready to be moved into place; nothing is left where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    aside = _write_aside(path, data)
+    try:
+        # A hard link appears with its whole content or fails where the name is taken; open(mode="x") shows an empty file first.
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    sync_folder(path.parent)
+    return True
 
 
 def nearest_folder(path: Path) -> Path:

@@ -1,0 +1,87 @@
+"""What happens on a rank before its first step: the process is set up, and a model gets memory and weights or a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from outgrow.contracts import JobSpec, Layout
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.model import FolderModel
+from outgrow.recipes.schema.site import Site
+from outgrow.storage import Storage
+from outgrow.trainers.checkpoint.catalog import Refused
+from outgrow.trainers.checkpoint.resume import resume
+from outgrow.trainers.engines import Engine, make_engine
+from outgrow.trainers.models.build import config_for, meta_model
+from outgrow.trainers.models.initialise import SeededWeights
+from outgrow.trainers.models.weights import FolderWeights
+from outgrow.trainers.progress import Progress
+from outgrow.trainers.regions import TensorSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Started:
+    """A filled engine, how far its weights have come, and the checkpoints that were passed over as not whole."""
+
+    engine: Engine
+    progress: Progress
+    refused: tuple[Refused, ...]
+
+
+def prepare_process(job: JobSpec, recipe: Recipe, local_rank: int) -> torch.device:
+    """The device of this rank, after threads, deterministic kernels and the current device are set for the whole process."""
+    torch.set_num_threads(job.threads_per_worker)
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    # Every value is written before it is read; filling fresh memory with NaN first costs a pass over each buffer.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if job.device != "cuda":
+        return torch.device(job.device)
+    # Read by cuBLAS at its first use: without a workspace of fixed size its results differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_engine(job: JobSpec, recipe: Recipe, layout: Layout, storage: Storage, device: torch.device) -> Started:
+    """The newest whole checkpoint in an engine of ``layout``, or the first weights where there is none. All ranks call it.
+
+    Raises ``ModelError`` for a configuration or a folder that does not fit, ``IntegrityError`` where no checkpoint is whole,
+    ``RunError`` where the checkpoint was trained on other rows.
+    """
+    from outgrow.streaming.loader import check_state
+
+    site = Site.model_validate(job.site)
+    config = config_for(recipe, site, job.card)
+    model = meta_model(config, recipe.precision)
+    weights = first_weights(recipe, site, config, model)
+    engine = make_engine(layout, recipe, model, device)
+    resumed = resume(storage, job.run.folder, engine.load)
+    if resumed.reader is None:
+        engine.load_model(weights)
+        return Started(engine, Progress(), resumed.refused)
+    step = check_state(resumed.reader.loader_state, job)
+    return Started(engine, Progress(step, resumed.reader.manifest.metrics), resumed.refused)
+
+
+def first_weights(recipe: Recipe, site: Site, config: PretrainedConfig, model: PreTrainedModel) -> TensorSource:
+    """What the parameters are before the first step: a folder's, checked against ``model``, or drawn from the seed."""
+    if isinstance(recipe.model, FolderModel):
+        folder = FolderWeights(Path(site.locate(recipe.model.path)))
+        folder.check(model)
+        return folder
+    return SeededWeights(config, recipe.run.seed)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of all that is drawn on ``rank`` in ``step``: 63 bits, so that a resumed run draws what it would have drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,122 @@
+"""The engine that shards: PyTorch's FSDP2 (``fully_shard``) on every block and on the root, over a mesh of replicas x shards.
+
+Gradients are summed, never averaged: the loss of each rank is already divided by the weight of the global batch. Every
+micro-batch's gradient is reduce-scattered at once and kept as this rank's float32 shard: keeping it whole until the last
+micro-batch would save communication, but costs every rank a whole float32 model. Between replicas only the step's sum is
+reduced.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from outgrow.contracts import Batch, Layout
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.training import Fsdp2
+from outgrow.trainers.engines.activations import checkpoint_activations
+from outgrow.trainers.engines.adamw import NamedAdamW
+from outgrow.trainers.engines.engine import StepSums
+from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
+from outgrow.trainers.engines.materialise import materialise
+from outgrow.trainers.models.families import blocks
+from outgrow.trainers.regions import TensorSource, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Fsdp2Engine:
+    """``Engine`` on every rank of ``layout``; needs a process group of ``layout.world`` ranks."""
+
+    def __init__(self, layout: Layout, recipe: Recipe, model: PreTrainedModel, device: torch.device) -> None:
+        self._device = device
+        self._accumulation = layout.accumulation
+        mesh = _mesh(layout, device)
+        self._shard_group = mesh.get_group("shard")
+        checkpoint_activations(blocks(model), recipe.activation_checkpointing)
+        self._model = model
+        self._root = _shard(model, mesh, recipe)
+        materialise(model, device)
+        # Held from the start: between forward and backward the modules show gathered parameters in place of these shards.
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = NamedAdamW(self._parameters, recipe.optimizer)
+        self._loss = torch.zeros((), device=device)
+        self._grad_norm = torch.zeros((), device=device)
+        self._micro_batches = 0
+
+    def accumulate(self, batch: Batch, global_weight: float) -> None:
+        self._micro_batches += 1
+        self._model.train()
+        self._root.set_requires_all_reduce(self._micro_batches == self._accumulation)
+        loss = batch_nll(self._model, to_device(batch, self._device)) / global_weight
+        torch.autograd.backward(loss)
+        self._loss = self._loss + loss.detach()
+
+    def finish(self) -> StepSums:
+        assert self._micro_batches == self._accumulation
+        squared = self._optimizer.squared_norm()
+        dist.all_reduce(squared, group=self._shard_group)
+        self._grad_norm = squared.sqrt()
+        sums = StepSums(self._loss, self._grad_norm)
+        self._loss, self._micro_batches = torch.zeros((), device=self._device), 0
+        return sums
+
+    def apply(self, learning_rate: float) -> None:
+        self._optimizer.step(learning_rate, self._grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        self._model.train(False)
+        sums = batch_sums(self._model, to_device(batch, self._device))
+        # The root stays gathered after a forward pass, for a backward pass that does not come here.
+        self._root.reshard()
+        return sums
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._optimizer.tensors()
+
+    def load(self, source: TensorSource) -> None:
+        for name, tensor in self.tensors().items():
+            fill(tensor, name, source)
+
+    def load_model(self, source: TensorSource, prefix: str = "") -> None:
+        for name, parameter in self._parameters.items():
+            fill(parameter.detach(), prefix + name, source)
+
+    def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    """``replicate`` x ``shard``, neighbouring ranks in one shard group; ``shard`` alone where there is one replica."""
+    if layout.world == 1 and not dist.is_initialized():
+        # One rank alone was started without a group; this one meets nobody and lasts as long as the process.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+    if layout.replicate == 1:
+        return init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, recipe: Recipe) -> FSDPModule:
+    """``model`` itself in its new class, its parameters now DTensors on meta."""
+    policy = MixedPrecisionPolicy()
+    if recipe.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    reshard = recipe.parallel.reshard_after_forward if isinstance(recipe.parallel, Fsdp2) else True
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A factor alone asks for NCCL's PREMUL_SUM, which gloo lacks.
+            module.set_force_sum_reduction_for_comms(True)
+    return root

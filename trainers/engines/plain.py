@@ -1,0 +1,103 @@
+"""The engine without wrapping: one rank, one device, the whole model on it. It is what the others are measured against.
+
+In bfloat16 the arithmetic is that of FSDP2's mixed precision: parameters, gradients and AdamW in float32, and a bfloat16
+copy of the parameters that computes; each micro-batch's bfloat16 gradient is added to the float32 one. In float32 and
+float64 the model computes on the parameters themselves.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from outgrow.contracts import Batch
+from outgrow.recipes.schema import Recipe
+from outgrow.trainers.engines.activations import checkpoint_activations
+from outgrow.trainers.engines.adamw import NamedAdamW
+from outgrow.trainers.engines.engine import StepSums
+from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
+from outgrow.trainers.engines.materialise import materialise
+from outgrow.trainers.models.families import blocks
+from outgrow.trainers.regions import TensorSource, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PlainEngine:
+    """``Engine`` on one rank."""
+
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, device: torch.device) -> None:
+        self._device = device
+        self._model = model
+        checkpoint_activations(blocks(model), recipe.activation_checkpointing)
+        materialise(model, device, torch.bfloat16 if recipe.precision == "bf16" else None)
+        self._computing = dict(model.named_parameters())
+        self._masters = _float32_masters(self._computing) if recipe.precision == "bf16" else self._computing
+        self._optimizer = NamedAdamW(self._masters, recipe.optimizer)
+        self._loss = torch.zeros((), device=device)
+        self._grad_norm = torch.zeros((), device=device)
+
+    def accumulate(self, batch: Batch, global_weight: float) -> None:
+        self._model.train()
+        loss = batch_nll(self._model, to_device(batch, self._device)) / global_weight
+        torch.autograd.backward(loss)
+        self._loss = self._loss + loss.detach()
+
+    def finish(self) -> StepSums:
+        self._grad_norm = self._optimizer.squared_norm().sqrt()
+        sums = StepSums(self._loss, self._grad_norm)
+        self._loss = torch.zeros((), device=self._device)
+        return sums
+
+    def apply(self, learning_rate: float) -> None:
+        self._optimizer.step(learning_rate, self._grad_norm)
+        self._renew_copy()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        self._model.train(False)
+        return batch_sums(self._model, to_device(batch, self._device))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._optimizer.tensors()
+
+    def load(self, source: TensorSource) -> None:
+        for name, tensor in self.tensors().items():
+            fill(tensor, name, source)
+        self._renew_copy()
+
+    def load_model(self, source: TensorSource, prefix: str = "") -> None:
+        for name, parameter in self._masters.items():
+            fill(parameter.detach(), prefix + name, source)
+        self._renew_copy()
+
+    def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    @torch.no_grad()
+    def _renew_copy(self) -> None:
+        if self._masters is not self._computing:
+            torch._foreach_copy_(list(self._computing.values()), list(self._masters.values()))
+
+
+def _float32_masters(computing: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """A float32 parameter for each bfloat16 one, whose gradient gathers what every backward pass leaves in the other's."""
+    masters = {}
+    for name, parameter in computing.items():
+        master = nn.Parameter(torch.empty_like(parameter, dtype=torch.float32))
+        parameter.register_post_accumulate_grad_hook(partial(_hand_over_gradient, master))  # type: ignore[no-untyped-call]
+        masters[name] = master
+    return masters
+
+
+def _hand_over_gradient(master: nn.Parameter, parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None

@@ -1,0 +1,222 @@
+"""Training on one rank, from the job to the result: what every worker of a run does, top-down.
+
+A step reads no number from the device. Losses are read where something is done with them: to be logged, before a
+validation, and before a checkpoint, which is never made of weights that a non-finite gradient has touched.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from outgrow.contracts import Context, JobSpec, Layout, Loader, WorkerResult
+from outgrow.errors import TrainingError
+from outgrow.recipes.layout import resolve, total_steps
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.site import Site
+from outgrow.storage import Storage
+from outgrow.trainers.bring_up import Started, prepare_process, start_engine, step_seed
+from outgrow.trainers.checkpoint.catalog import newest, survey
+from outgrow.trainers.checkpoint.commit import Group, StepState
+from outgrow.trainers.checkpoint.format import step_folder
+from outgrow.trainers.checkpoint.retention import Retention
+from outgrow.trainers.checkpoint.saving import Checkpointer
+from outgrow.trainers.engines import Engine, StepSums
+from outgrow.trainers.finite import FiniteWatch
+from outgrow.trainers.pace import Pace
+from outgrow.trainers.progress import Progress
+from outgrow.trainers.records import Records
+from outgrow.trainers.saves import Saves
+from outgrow.trainers.schedule import learning_rate
+from outgrow.trainers.validation import validate
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that a step needs, on one rank."""
+
+    job: JobSpec
+    recipe: Recipe
+    rank: int
+    layout: Layout
+    steps: int
+    storage: Storage
+    engine: Engine
+    loader: Loader
+    saves: Saves
+    records: Records
+    progress: Progress
+    watch: FiniteWatch
+    pace: Pace
+
+
+def train_worker(job: JobSpec, context: Context) -> WorkerResult:
+    """The end of the run on this rank, after training it from its newest checkpoint, or from the start, to its last step.
+
+    A run that has come to its last step already returns at once. Raises ``TrainingError`` for a gradient that is not
+    finite and for a last checkpoint that cannot be written; what the parts raise (``UserError``, ``IntegrityError``)
+    passes through.
+    """
+    from outgrow.streaming.loader import build_loader
+
+    recipe = Recipe.model_validate(job.recipe)
+    storage = Site.model_validate(job.site).open_storage()
+    steps = total_steps(recipe, job.card.rows)
+    with closing(Records(context, storage, job.run.folder, steps)) as records:
+        if finished := _finished(storage, job.run.folder, steps):
+            records.say("end", finished, loss=finished.validation_loss)
+            return finished.result(step_folder(job.run.folder, finished.step))
+        device = prepare_process(job, recipe, context.local_rank)
+        layout = resolve(recipe, context.world, context.local_world)
+        started = start_engine(job, recipe, layout, storage, device)
+        records.say("start", started.progress, detail=_versions_and_layout(layout, device, started))
+        group = Group(job.run.folder, context.attempt, context.rank, context.world)
+        step = started.progress.step
+        with (
+            closing(_saves(recipe, storage, group, started, device)) as saves,
+            closing(build_loader(job, layout, context.rank, start_step=step, stop_step=steps)) as loader,
+        ):
+            run = _Run(
+                job=job,
+                recipe=recipe,
+                rank=context.rank,
+                layout=layout,
+                steps=steps,
+                storage=storage,
+                engine=started.engine,
+                loader=loader,
+                saves=saves,
+                records=records,
+                progress=started.progress,
+                watch=FiniteWatch(device),
+                pace=Pace(),
+            )
+            _train(run)
+        return run.progress.result(step_folder(job.run.folder, steps))
+
+
+def _train(run: _Run) -> None:
+    """Every step that is left, each with what is due after it."""
+    engine, recipe = run.engine, run.recipe
+    for rows in run.pace.steps(run.loader):
+        torch.manual_seed(step_seed(recipe.run.seed, rows.step, run.rank))
+        for batch in rows.micro_batches:
+            engine.accumulate(batch, rows.global_weight)
+        sums = engine.finish()
+        rate = learning_rate(recipe, rows.step, run.steps)
+        engine.apply(rate)
+        run.progress.advance(rows)
+        run.watch.see(run.progress.step, sums.grad_norm)
+        _do_what_is_due(run, sums, rate)
+    run.records.say("end", run.progress, loss=run.progress.validation_loss)
+
+
+def _do_what_is_due(run: _Run, sums: StepSums, rate: float) -> None:
+    """Log, validate, save: in this order, each where its turn has come and all after the last step."""
+    step, last = run.progress.step, run.progress.step == run.steps
+    logging = last or step % run.recipe.logging.every_steps == 0
+    every_steps = run.recipe.validation.every_steps
+    validating = last or (every_steps > 0 and step % every_steps == 0)
+    saving = last or run.saves.due(step)
+    if not (logging or validating or saving):
+        return
+    loss, grad_norm = _read(run, sums)
+    if logging:
+        speed = run.pace.look()
+        run.records.say("step", run.progress, loss=loss, grad_norm=grad_norm, learning_rate=rate, **vars(speed))
+    with run.pace.paused():
+        validation_loss = _validate(run) if validating else None
+        if saving:
+            _save(run, validation_loss, last)
+        _tell_saves(run)
+
+
+def _read(run: _Run, sums: StepSums) -> tuple[float, float]:
+    """Loss and gradient norm of the step; waits for the device. Raises ``TrainingError`` once a gradient was not finite."""
+    loss, grad_norm = torch.stack([run.engine.reduce_sum(sums.loss), sums.grad_norm]).tolist()
+    bad_step = run.watch.first_bad()
+    if bad_step is None and math.isfinite(loss):
+        run.progress.train_loss = loss
+        return loss, grad_norm
+    saved = newest(run.storage, run.job.run.folder)
+    raise TrainingError(
+        f"the loss or the gradient of step {bad_step or run.progress.step} is not finite; nothing was saved from there on",
+        where=run.job.run.folder,
+        hint=(
+            f"last committed checkpoint: {f'{saved.folder} (step {saved.step})' if saved else 'none'}; the same command "
+            "would meet the same step: lower optimizer.learning_rate or optimizer.clip_norm and run again with --accept"
+        ),
+    )
+
+
+def _validate(run: _Run) -> float | None:
+    """The loss on the held-out rows; None where there are none."""
+    from outgrow.streaming.loader import build_validation
+
+    if not run.job.card.validation_rows:
+        return None
+    found = validate(run.engine, build_validation(run.job, run.layout, run.rank))
+    if found is None:
+        return None
+    run.progress.validation_loss = found.total
+    run.records.say("validation", run.progress, loss=found.total, detail={"streams": found.streams})
+    return found.total
+
+
+def _save(run: _Run, validation_loss: float | None, last: bool) -> None:
+    state = StepState(
+        step=run.progress.step,
+        loader_state=run.loader.state(run.progress.step),
+        recipe=run.job.recipe,
+        metrics=run.progress.metrics(validation_loss),
+    )
+    if last:
+        run.saves.save_last(state)
+    else:
+        run.saves.save(state)
+
+
+def _tell_saves(run: _Run) -> None:
+    """A record for each save that ended; ``detail`` names its own step, which may lie behind."""
+    for result in run.saves.results():
+        detail = {
+            "step": result.step,
+            "folder": result.ref.folder if result.ref else "",
+            "bytes": result.ref.bytes if result.ref else 0,
+            "copy_s": result.copy_s,
+            "write_s": result.write_s,
+            "commit_s": result.commit_s,
+        }
+        run.records.say("checkpoint", run.progress, detail=detail | ({"error": result.error} if result.error else {}))
+
+
+def _finished(storage: Storage, run_folder: str, steps: int) -> Progress | None:
+    """Where the run ended, if its newest checkpoint is of its last step or beyond; None where there is something to do."""
+    saved = next(iter(survey(storage, run_folder).saved), None)
+    return Progress(saved.manifest.step, saved.manifest.metrics) if saved and saved.manifest.step >= steps else None
+
+
+def _saves(recipe: Recipe, storage: Storage, group: Group, started: Started, device: torch.device) -> Saves:
+    checkpointer = Checkpointer(
+        storage,
+        group,
+        started.engine.tensors(),
+        Retention(newest=recipe.checkpoint.keep_newest, best=recipe.checkpoint.keep_best),
+        distrusted=[refused.folder for refused in started.refused],
+    )
+    return Saves(started.engine, checkpointer, recipe.checkpoint.every_steps, device)
+
+
+def _versions_and_layout(layout: Layout, device: torch.device, started: Started) -> dict[str, object]:
+    return {
+        "world": layout.world,
+        "layout": layout.to_dict(),
+        "device": str(device),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "refused_checkpoints": {refused.folder: refused.reason for refused in started.refused},
+    }

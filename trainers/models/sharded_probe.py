@@ -1,0 +1,90 @@
+"""One step of a small model by an engine, on one rank or as one rank of two: loss and gradient norm must not differ.
+
+    python -m outgrow.trainers.models.sharded_probe FOLDER RANK
+
+is one of two ranks: it reads the configuration in FOLDER, meets the other there, and prints the figures as JSON. Each rank's
+row repeats one token, so that the ranks' tokens choose different experts where there are any.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from outgrow.contracts import Batch, Layout
+from outgrow.recipes.schema import Recipe
+from outgrow.trainers.engines import make_engine
+from outgrow.trainers.models.build import checked_config, folder_config, meta_model
+from outgrow.trainers.models.initialise import SeededWeights
+
+_LENGTH = 16
+_TOKENS = (3, 7)
+
+
+def measure(config: PretrainedConfig, *, world: int, rank: int) -> dict[str, float]:
+    """``loss`` and ``grad_norm`` of one step on two rows, in float64; plain on one rank, FSDP2 on two."""
+    layout = Layout(
+        engine="plain" if world == 1 else "fsdp2",
+        world=world,
+        replicate=1,
+        shard=world,
+        global_rows=len(_TOKENS),
+        micro_rows=len(_TOKENS) // world,
+        accumulation=1,
+    )
+    engine = make_engine(layout, _recipe(config.model_type), meta_model(config, "fp64"), torch.device("cpu"))
+    engine.load_model(SeededWeights(config, 0))
+    engine.accumulate(_rows(_TOKENS[rank::world]), global_weight=len(_TOKENS) * _LENGTH)
+    sums = engine.finish()
+    return {"loss": float(engine.reduce_sum(sums.loss)), "grad_norm": float(sums.grad_norm)}
+
+
+def _rows(tokens: tuple[int, ...]) -> Batch:
+    token_ids = torch.tensor(tokens)[:, None].expand(-1, _LENGTH).contiguous()
+    return Batch(
+        token_ids=token_ids,
+        targets=(token_ids + torch.arange(_LENGTH)) % 50,
+        weights=torch.ones(token_ids.shape),
+        segments=torch.zeros(token_ids.shape, dtype=torch.int32),
+        positions=torch.arange(_LENGTH).expand(token_ids.shape).contiguous(),
+        row_ids=torch.arange(len(tokens)),
+    )
+
+
+def _recipe(family: str) -> Recipe:
+    source = {"kind": "text", "path": "unused"}
+    return Recipe.model_validate(
+        {
+            "schema": 1,
+            "run": {"name": "probe", "seed": 0},
+            "model": {"kind": "architecture", "family": family},
+            "data": {
+                "sequence_length": _LENGTH,
+                "tokenizer": {"kind": "train", "vocab_size": 260},
+                "streams": [{"name": "unused", "source": source}],
+            },
+            "batch": {"rows": len(_TOKENS)},
+            "duration": {"steps": 1},
+            "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
+            "precision": "fp64",
+        }
+    )
+
+
+def _as_rank(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        figures = measure(checked_config(folder_config(folder), str(folder)), world=2, rank=rank)
+    finally:
+        dist.destroy_process_group()
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    _as_rank(Path(sys.argv[1]), int(sys.argv[2]))
