@@ -1,0 +1,218 @@
+"""The plan of a run: who computes what, how long, how much it keeps on disk, and every reason why it could not start.
+
+Pure arithmetic on a recipe, a site and what was found; a plan is refused here, before a device is touched. The layout it shows
+is worked out again at every start of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from outgrow.cluster.ray_environment import worker_environment
+from outgrow.contracts import DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
+from outgrow.errors import PlanError
+from outgrow.recipes import layout as layouts
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.site import Site
+
+_STATE_BYTES = {"fp32": 12, "bf16": 12, "fp64": 24}
+"""Bytes a parameter in a checkpoint: the parameter and AdamW's two moments, in the precision that the optimizer steps in."""
+_BESIDE_BYTES = 2**20
+"""Names, digests, the recipe and the data position of a checkpoint; well above what was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What the site's ``auto`` comes to: ``workers`` ranks on ``device`` with ``threads`` CPU threads each."""
+
+    device: str
+    workers: int
+    threads: int
+
+
+def resolve_ranks(site: Site, inventory: Inventory) -> Ranks:
+    """One rank a GPU, or one on a machine without; the machine's cores shared among them; what the site fixes stays."""
+    device = site.device if site.device != "auto" else "cuda" if inventory.gpus else "cpu"
+    on_gpus = len(inventory.gpus) if device == "cuda" else 0
+    workers = site.workers if site.workers != "auto" else max(1, on_gpus)
+    threads = site.threads_per_worker if site.threads_per_worker != "auto" else max(1, inventory.cores // workers)
+    return Ranks(device=device, workers=workers, threads=threads)
+
+
+def make_plan(
+    recipe: Recipe,
+    site: Site,
+    inventory: Inventory,
+    card: DatasetCard | None,
+    facts: ModelFacts,
+    *,
+    free_bytes: int | None,
+    environment: Mapping[str, str],
+    cluster: str | None = None,
+) -> Plan:
+    """The plan of ``recipe`` on this machine; it cannot start where ``refusals`` is not empty, and all of them are there.
+
+    ``card`` is None before the data are built. ``free_bytes`` is what the run's storage has for it, its own older checkpoints
+    included; None for a bucket. ``environment`` is what outgrow sets for the driver. ``cluster`` is the address of a Ray
+    cluster of other machines than this one: its room is asked for when the run starts there, not here.
+    """
+    ranks = resolve_ranks(site, inventory)
+    refusals = [] if cluster else _room_for_ranks(ranks, inventory)
+    layout, steps = None, 0
+    try:
+        layout = layouts.resolve(recipe, ranks.workers, ranks.workers)
+    except PlanError as error:
+        refusals.append(_refusal(error))
+    try:
+        steps = _steps(recipe, card)
+    except PlanError as error:
+        refusals.append(_refusal(error))
+    checkpoint = facts.parameters * _STATE_BYTES[recipe.precision] + _BESIDE_BYTES
+    # One more than is kept: the oldest goes only when the new one is committed.
+    run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
+    refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes)
+    return Plan(
+        run=recipe.run.name,
+        workers=ranks.workers,
+        device=ranks.device,
+        threads_per_worker=ranks.threads,
+        layout=layout,
+        steps=steps,
+        steps_per_epoch=layouts.steps_per_epoch(card.rows, recipe) if card else 0,
+        tokens=_tokens(recipe, card, steps),
+        checkpoint_bytes=checkpoint,
+        run_bytes=run_bytes,
+        storage=site.storage,
+        storage_free_bytes=free_bytes,
+        environment={**environment, **worker_environment(ranks.threads)},
+        refusals=tuple(refusals),
+        notes=_notes(recipe, card, facts, ranks, cluster),
+    )
+
+
+def refuse(plan: Plan) -> None:
+    """Nothing where ``plan`` can start. Raises ``PlanError`` with every refusal where it cannot."""
+    if plan.refusals:
+        raise PlanError("\n".join(["this run cannot start", *(f"  - {_sentence(r)}" for r in plan.refusals)]))
+
+
+# --- what can be refused ----------------------------------------------------------------------------------------------
+
+
+def _room_for_ranks(ranks: Ranks, inventory: Inventory) -> list[Refusal]:
+    refusals = []
+    cores, gpus = inventory.cores, len(inventory.gpus)
+    if ranks.device == "cuda" and ranks.workers > gpus:
+        nearest = f"workers: {gpus} in site.yaml" if gpus else "device: cpu in site.yaml"
+        refusals.append(Refusal(asked=f"{ranks.workers} rank(s) on cuda", available=f"{gpus} GPUs", nearest=nearest))
+    if ranks.workers * ranks.threads > cores:
+        threads = cores // ranks.workers
+        nearest = f"threads_per_worker: {threads} in site.yaml" if threads else f"workers: {cores} in site.yaml"
+        asked = f"{ranks.workers} rank(s) of {ranks.threads} CPU(s)"
+        refusals.append(Refusal(asked=asked, available=f"{cores} CPUs", nearest=nearest))
+    return refusals
+
+
+def _room_on_disk(recipe: Recipe, site: Site, run: int, checkpoint: int, free: int | None) -> list[Refusal]:
+    if free is None or run <= free:
+        return []
+    keep = recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best
+    fitting = free // checkpoint - 1
+    fewer = f"; or keep {fitting} of them (checkpoint.keep_newest, keep_best)" if 0 < fitting < keep else ""
+    return [
+        Refusal(
+            asked=f"{size(run)} for {keep} checkpoints and one being written, {size(checkpoint)} each",
+            available=f"{size(free)} at {site.storage}",
+            nearest=f"free {size(run - free)}, or name another storage in site.yaml{fewer}",
+        )
+    ]
+
+
+def _refusal(error: PlanError) -> Refusal:
+    return Refusal(asked=error.message, available="", nearest=error.hint)
+
+
+# --- the forecast -----------------------------------------------------------------------------------------------------
+
+
+def _steps(recipe: Recipe, card: DatasetCard | None) -> int:
+    """Optimizer steps of the run; 0 where they follow from a dataset that is not built yet."""
+    if card is None:
+        return 0 if recipe.duration.epochs is not None else layouts.total_steps(recipe, rows=1)
+    return layouts.total_steps(recipe, card.rows)
+
+
+def _tokens(recipe: Recipe, card: DatasetCard | None, steps: int) -> int:
+    """Tokens that ``steps`` steps see, rows being as full as they are on average; before the build, as if they were full."""
+    rows = recipe.batch.rows
+    if card is None or not card.rows:
+        return steps * rows * recipe.data.sequence_length
+    epochs, rest = divmod(steps, layouts.steps_per_epoch(card.rows, recipe))
+    return round(card.tokens * (epochs + rest * rows / card.rows))
+
+
+def _notes(recipe: Recipe, card: DatasetCard | None, facts: ModelFacts, ranks: Ranks, cluster: str | None) -> tuple[str, ...]:
+    notes = [f"{facts.family}: {facts.parameters:,} parameters in {facts.blocks} blocks"]
+    if card is None:
+        notes.append("the dataset is not built yet; outgrow data build, or the run itself, builds it")
+    if cluster:
+        notes.append(f"whether the ranks fit is asked of the cluster at {cluster} when the run starts")
+    if ranks.device == "cpu" and recipe.precision == "bf16":
+        notes.append("bf16 is slow on most CPUs; precision=fp32 is up to ten times as fast there")
+    return tuple(notes)
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan) -> str:
+    """The plan as lines of plain text, the refusals last."""
+    rows = [
+        ("run", plan.run),
+        ("ranks", f"{plan.workers} on {plan.device}, {plan.threads_per_worker} thread(s) each"),
+        *([("layout", _layout(plan.layout))] if plan.layout else []),
+        ("length", _length(plan)),
+        ("disk", _disk(plan)),
+        *(("sets", f"{name}={value}") for name, value in sorted(plan.environment.items())),
+        *(("note", note) for note in plan.notes),
+    ]
+    lines = [f"{label:<8}{text}" for label, text in rows]
+    if not plan.refusals:
+        return "\n".join([*lines, "", "this run can start"])
+    return "\n".join([*lines, "", "this run cannot start", *(f"  - {_sentence(refusal)}" for refusal in plan.refusals)])
+
+
+def _layout(layout: Layout) -> str:
+    mesh = "" if layout.world == 1 else f", {layout.replicate} replica(s) of {layout.shard} shard(s)"
+    return (
+        f"engine {layout.engine}{mesh}; {layout.global_rows} rows a step, "
+        f"{layout.accumulation} x {layout.micro_rows} of them a rank at most"
+    )
+
+
+def _length(plan: Plan) -> str:
+    if not plan.steps:
+        return "known when the dataset is built"
+    epochs = f", {plan.steps / plan.steps_per_epoch:.2f} epochs" if plan.steps_per_epoch else ""
+    return f"{plan.steps:,} steps, {plan.tokens:,} tokens{epochs}"
+
+
+def _disk(plan: Plan) -> str:
+    free = "" if plan.storage_free_bytes is None else f" ({size(plan.storage_free_bytes)} free)"
+    return f"{size(plan.checkpoint_bytes)} a checkpoint, {size(plan.run_bytes)} the run, at {plan.storage}{free}"
+
+
+def _sentence(refusal: Refusal) -> str:
+    there = f"; available: {refusal.available}" if refusal.available else ""
+    return f"{refusal.asked}{there}\n    {refusal.nearest}"
+
+
+def size(count: int) -> str:
+    """Bytes for a person: ``59.0 MB``; decimal units, as disks are sold."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

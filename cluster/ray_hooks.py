@@ -1,0 +1,63 @@
+"""What outgrow adds to Ray Train's controller: how a group of ranks finds its network, and which errors end a run at once."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayActorError
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig
+from ray.util import get_node_ip_address
+
+from outgrow.cluster.ray_worker import Progress
+from outgrow.cluster.restarts import describe_failure, final_error
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
+class GroupConfig(TorchConfig):
+    """``TorchConfig`` whose gloo ranks talk over the network interface that Ray itself uses."""
+
+    @property
+    def backend_cls(self) -> type[_GroupBackend]:
+        return _GroupBackend
+
+
+class _GroupBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Point gloo at the interface with this node's address; by itself it takes what the host name resolves to."""
+    import psutil
+
+    address = get_node_ip_address()  # type: ignore[no-untyped-call]
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+class FinalErrors(UserCallback):
+    """Tells the driver of every failure, and ends the run where another start would only fail again."""
+
+    def __init__(self, progress: ActorHandle[Progress]) -> None:
+        self._progress = progress
+        self._before = ""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raises the final error: Ray Train takes a failing callback as its own end, without a retry."""
+        lost = {rank for rank, error in worker_exceptions.items() if _is_loss(error)}
+        if error := final_error(worker_exceptions, lost, self._before):
+            raise error
+        self._before = describe_failure(worker_exceptions, lost)
+        self._progress.say.remote("failure", self._before)
+
+
+def _is_loss(error: Exception) -> bool:
+    return isinstance(getattr(error, "health_check_failure", error), RayActorError)

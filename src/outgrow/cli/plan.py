@@ -1,0 +1,78 @@
+"""``outgrow plan``: what a run would do here, and every reason why it could not start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from outgrow.cli.opening import Opened, OverridesArgument, RecipeArgument, SiteOption, open_recipe
+from outgrow.cli.train import FreshOption, WorkersOption
+
+if TYPE_CHECKING:
+    from outgrow.cluster.ray_cluster import Target
+    from outgrow.contracts import DatasetCard, Inventory, Plan
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    site: SiteOption = None,
+    workers: WorkersOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Show what a run of RECIPE would do here, and why it could not start, with exit code 2; builds nothing."""
+    from outgrow.cluster.inventory import take_inventory
+    from outgrow.cluster.plan import render
+    from outgrow.cluster.ray_cluster import announce, locate
+    from outgrow.streaming.build import find
+
+    opened = open_recipe(recipe, overrides, site)
+    if workers is not None:
+        opened = opened.with_site(workers=workers)
+    target = locate(opened.site.cluster)
+    card = find(opened.recipe, opened.site)
+    made = plan_run(opened, take_inventory([Path(opened.site.cache)]), card, target, fresh=fresh)
+    typer.echo(announce(target))
+    typer.echo(render(made))
+    if made.refusals:
+        raise typer.Exit(2)
+
+
+def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, target: Target, *, fresh: bool) -> Plan:
+    """The plan of a run that goes to ``target``; ``inventory`` is of the machines that it has."""
+    from outgrow.cluster.plan import make_plan
+    from outgrow.cluster.ray_environment import driver_environment
+    from outgrow.trainers.models.build import facts
+
+    embedded = target.address is None
+    return make_plan(
+        opened.recipe,
+        opened.site,
+        inventory,
+        card,
+        facts(opened.recipe, opened.site, card),
+        free_bytes=_room(opened, card, fresh=fresh),
+        environment=driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ),
+        cluster=target.address,
+    )
+
+
+def _room(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> int | None:
+    """Bytes that the storage has for this run: free ones, and those of the checkpoints it will replace; None for a bucket.
+
+    Raises ``RunError`` where the name is already that of a run that learns something else.
+    """
+    from outgrow.cluster.runs import choose
+    from outgrow.trainers.checkpoint.catalog import list_checkpoints
+
+    storage = opened.site.open_storage()
+    free = storage.free_bytes()
+    if card is None:
+        return free
+    run, stored = choose(storage, opened.recipe, card.store_fingerprint, fresh=fresh)
+    if free is None or stored is None:
+        return free
+    return free + sum(checkpoint.bytes for checkpoint in list_checkpoints(storage, run.folder))

@@ -1,0 +1,114 @@
+"""``outgrow runs``: the run folders of a site, and what is known of one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from outgrow.cli.opening import SiteOption, open_site
+
+if TYPE_CHECKING:
+    from outgrow.cluster.runs import RunStatus
+    from outgrow.contracts import CheckpointRef, StepRecord
+
+app = typer.Typer(no_args_is_help=True, help="See the runs of a site.")
+
+_COLUMNS = ("run", "state", "step", "loss", "validation", "started")
+
+
+@app.command("list")
+def list_(site: SiteOption = None) -> None:
+    """List the runs of the site, the oldest first."""
+    from outgrow.cluster.runs import status, stored_runs
+
+    storage = open_site(site).open_storage()
+    rows = [_row(status(storage, run)) for run in stored_runs(storage)]
+    if rows:
+        _print_table(_COLUMNS, rows)
+    else:
+        typer.echo(f"no runs in {storage.root_url}")
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.", show_default=False)],
+    site: SiteOption = None,
+) -> None:
+    """Show what RUN learns, how far it is, and its checkpoints."""
+    from outgrow.cluster.runs import find_run, status
+    from outgrow.trainers.checkpoint.catalog import survey
+
+    storage = open_site(site).open_storage()
+    known = status(storage, find_run(storage, run))
+    checkpoints = survey(storage, known.stored.ref.folder)
+    for label, text in _details(known, storage.root_url):
+        typer.echo(f"{label:<12}{text}")
+    for saved in checkpoints.saved:
+        typer.echo(f"{'checkpoint':<12}{_checkpoint(saved.ref)}")
+    for refused in checkpoints.refused:
+        typer.echo(f"{'not whole':<12}{refused.folder}: {refused.reason}")
+
+
+def _row(known: RunStatus) -> tuple[str, ...]:
+    folder = known.stored.ref.folder.rpartition("/")[2]
+    loss, validation = _loss(known.newest.get("step")), _loss(known.newest.get("validation"))
+    return folder, known.state, _progress(known.last), loss, validation, known.stored.file.created
+
+
+def _details(known: RunStatus, root: str) -> list[tuple[str, str]]:
+    recipe = known.stored.file.recipe
+    last, step = known.last, known.newest.get("step")
+    lines = [
+        ("run", known.stored.ref.folder.rpartition("/")[2]),
+        ("folder", f"{root.rstrip('/')}/{known.stored.ref.folder}"),
+        ("state", f"{known.state} ({known.owner})" if known.owner else known.state),
+        ("started", known.stored.file.created),
+        ("fingerprint", known.stored.ref.fingerprint),
+        ("model", f"{recipe['model']['kind']} {recipe['model'].get('family') or recipe['model'].get('path')}"),
+        ("data", ", ".join(stream["name"] for stream in recipe["data"]["streams"])),
+        ("step", _progress(last)),
+        ("loss", _loss(step)),
+        ("validation", _loss(known.newest.get("validation"))),
+    ]
+    if step is not None and step.tokens_per_s is not None:
+        lines.append(("speed", f"{step.tokens_per_s:,.0f} tokens/s"))
+    if last is not None:
+        lines.append(("last record", f"{last.kind} at {datetime.fromtimestamp(last.time, UTC).isoformat(timespec='seconds')}"))
+        if last.detail:
+            lines.append(("", json.dumps(last.detail, ensure_ascii=False)))
+    return lines
+
+
+def _progress(record: StepRecord | None) -> str:
+    return f"{record.step:,}/{record.steps:,}" if record is not None else "-"
+
+
+def _loss(record: StepRecord | None) -> str:
+    return f"{record.loss:.4f}" if record is not None and record.loss is not None else "-"
+
+
+def _checkpoint(ref: CheckpointRef) -> str:
+    from outgrow.cluster.plan import size
+
+    return f"step {ref.step:,}  {size(ref.bytes)}  {ref.folder}"
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with rules on a terminal, aligned columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
