@@ -1,0 +1,206 @@
+"""Short trainings of tiny models with outgrow's engines on packed rows; run as a script it is one rank of several.
+
+    python tests/engine_cases.py RANK FOLDER
+
+reads ``FOLDER/cases.json`` (name -> ``Case`` as a dict), meets the other ranks through files in the folder, first all
+four, then two, then one, and rank 0 writes ``FOLDER/results.json`` (name -> ``Outcome`` as a dict). One start of Python
+serves all the cases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from packed import batch, corpus, global_weight
+from torch.distributed.tensor import DTensor
+
+from outgrow.contracts import Layout
+from outgrow.recipes.schema import Recipe
+from outgrow.torchvision import ensure_importable
+
+ensure_importable()
+
+from transformers import AutoConfig, PretrainedConfig  # noqa: E402
+
+from outgrow.trainers.engines import Engine, make_engine  # noqa: E402
+from outgrow.trainers.models.build import meta_model  # noqa: E402
+from outgrow.trainers.models.initialise import SeededWeights  # noqa: E402
+from outgrow.trainers.regions import Region  # noqa: E402
+from outgrow.trainers.schedule import learning_rate  # noqa: E402
+
+STEPS, ROWS, LENGTH, VOCAB, SEED = 20, 8, 24, 97, 7
+"""Odd on purpose: 97 divides by no number of ranks."""
+_SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=LENGTH,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=0,
+    use_cache=False,
+)
+_FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training: ``engine`` on ``replicate`` x ``shard`` ranks, ``micro_rows`` at a time."""
+
+    engine: str = "plain"
+    replicate: int = 1
+    shard: int = 1
+    micro_rows: int = 8
+    precision: str = "fp64"
+    family: str = "llama"
+    steps: int = STEPS
+    settings: dict[str, Any] = field(default_factory=dict)
+    """More keys of the recipe."""
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard
+
+    def layout(self) -> Layout:
+        rows_a_rank = -(-ROWS // self.world)
+        micro_rows = min(self.micro_rows, rows_a_rank)
+        return Layout(
+            engine=self.engine,
+            world=self.world,
+            replicate=self.replicate,
+            shard=self.shard,
+            global_rows=ROWS,
+            micro_rows=micro_rows,
+            accumulation=-(-rows_a_rank // micro_rows),
+        )
+
+    def config(self) -> PretrainedConfig:
+        return AutoConfig.for_model(self.family, **_SIZES, **_FAMILY_SIZES[self.family])
+
+    def recipe(self) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "schema": 1,
+                "run": {"name": "case", "seed": SEED},
+                "model": {"kind": "architecture", "family": self.family},
+                "data": {
+                    "sequence_length": LENGTH,
+                    "tokenizer": {"kind": "folder", "path": "none"},
+                    "streams": [{"name": "none", "source": {"kind": "text", "path": "none"}}],
+                },
+                "batch": {"rows": ROWS},
+                "duration": {"steps": STEPS},
+                "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.7},
+                "schedule": {"kind": "linear", "warmup_steps": 5, "final_fraction": 0.1},
+                "precision": self.precision,
+                **self.settings,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Losses and gradient norms of every step, and digests of the parameters as born and as trained."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    born: str
+    trained: str
+
+
+def train(case: Case, rank: int = 0) -> Outcome:
+    """Run a case on this rank; every rank of its world calls it."""
+    engine = born_engine(case)
+    born = parameters_digest(engine)
+    losses, norms = [], []
+    for loss, norm in trained_steps(engine, case, rank, range(case.steps)):
+        losses.append(loss)
+        norms.append(norm)
+    return Outcome(
+        losses=losses, norms=norms, validation=validation_loss(engine, case, rank), born=born, trained=parameters_digest(engine)
+    )
+
+
+def born_engine(case: Case) -> Engine:
+    config, recipe = case.config(), case.recipe()
+    engine = make_engine(case.layout(), recipe, meta_model(config, recipe.precision), torch.device("cpu"))
+    engine.load_model(SeededWeights(config, SEED))
+    return engine
+
+
+def trained_steps(engine: Engine, case: Case, rank: int, steps: range) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm of each of ``steps`` (numbers from 0) of the case's corpus."""
+    recipe, layout = case.recipe(), case.layout()
+    rows_of = corpus(SEED, steps=max(STEPS, steps.stop), rows=ROWS, length=LENGTH, vocab=VOCAB)
+    for step in steps:
+        rows = rows_of[step]
+        for ids in layout.rank_rows(tuple(range(len(rows))), rank):
+            engine.accumulate(batch([rows[i] for i in ids], LENGTH), global_weight(rows))
+        sums = engine.finish()
+        engine.apply(learning_rate(recipe, step, STEPS))
+        yield engine.reduce_sum(sums.loss).item(), sums.grad_norm.item()
+
+
+def validation_loss(engine: Engine, case: Case, rank: int) -> float:
+    rows = corpus(SEED + 1, steps=1, rows=ROWS, length=LENGTH, vocab=VOCAB)[0]
+    pairs = [
+        torch.stack(engine.evaluate(batch([rows[i] for i in ids], LENGTH)))
+        for ids in case.layout().rank_rows(tuple(range(len(rows))), rank)
+    ]
+    nll, weight = engine.reduce_sum(torch.stack(pairs).sum(0)).tolist()
+    return float(nll / weight)
+
+
+def parameters_digest(engine: Engine) -> str:
+    """sha256 over all whole parameters in the order of their names; a collective where the engine shards."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(engine.tensors().items()):
+        if name.startswith("model/"):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def born_weights(case: Case) -> dict[str, torch.Tensor]:
+    """The whole parameters that the case's engine starts from, float32, by transformers' names."""
+    source = SeededWeights(case.config(), SEED)
+    return {name: source.read(name, Region((0,) * len(source.shape(name)), source.shape(name))) for name in source.names()}
+
+
+def _main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    cases = {name: Case(**case) for name, case in json.loads((folder / "cases.json").read_text()).items()}
+    outcomes = {}
+    for world in (4, 2, 1):
+        mine = {name: case for name, case in cases.items() if case.world == world}
+        if rank >= world or not mine:
+            continue
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(str(folder / f"store-{world}"), world), rank=rank, world_size=world
+        )
+        for name, case in mine.items():
+            outcomes[name] = asdict(train(case, rank))
+        dist.destroy_process_group()
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), Path(sys.argv[2]))
