@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(READY)
-	$(BIN)/python -m outgrow.cli.quickstart
+	$(BIN)/outgrow quickstart
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from packed import batch, corpus, global_weight
+from packed import Row, batch, corpus, global_weight
 from torch.distributed.tensor import DTensor
 
 from outgrow.contracts import Layout
@@ -68,7 +71,6 @@ class Case:
     micro_rows: int = 8
     precision: str = "fp64"
     family: str = "llama"
-    steps: int = STEPS
     settings: dict[str, Any] = field(default_factory=dict)
     """More keys of the recipe."""
 
@@ -129,7 +131,7 @@ def train(case: Case, rank: int = 0) -> Outcome:
     engine = born_engine(case)
     born = parameters_digest(engine)
     losses, norms = [], []
-    for loss, norm in trained_steps(engine, case, rank, range(case.steps)):
+    for loss, norm in trained_steps(engine, case, rank, rows_of_steps()):
         losses.append(loss)
         norms.append(norm)
     return Outcome(
@@ -144,12 +146,16 @@ def born_engine(case: Case) -> Engine:
     return engine
 
 
-def trained_steps(engine: Engine, case: Case, rank: int, steps: range) -> Iterator[tuple[float, float]]:
-    """Loss and gradient norm of each of ``steps`` (numbers from 0) of the case's corpus."""
+def rows_of_steps() -> list[list[Row]]:
+    return corpus(SEED, steps=STEPS, rows=ROWS, length=LENGTH, vocab=VOCAB)
+
+
+def trained_steps(
+    engine: Engine, case: Case, rank: int, rows_of: Sequence[Sequence[Row]], first: int = 0
+) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm of each step of ``rows_of``, the first of which is step ``first``."""
     recipe, layout = case.recipe(), case.layout()
-    rows_of = corpus(SEED, steps=max(STEPS, steps.stop), rows=ROWS, length=LENGTH, vocab=VOCAB)
-    for step in steps:
-        rows = rows_of[step]
+    for step, rows in enumerate(rows_of, start=first):
         for ids in layout.rank_rows(tuple(range(len(rows))), rank):
             engine.accumulate(batch([rows[i] for i in ids], LENGTH), global_weight(rows))
         sums = engine.finish()
@@ -181,6 +187,26 @@ def born_weights(case: Case) -> dict[str, torch.Tensor]:
     """The whole parameters that the case's engine starts from, float32, by transformers' names."""
     source = SeededWeights(case.config(), SEED)
     return {name: source.read(name, Region((0,) * len(source.shape(name)), source.shape(name))) for name in source.names()}
+
+
+def on_ranks(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
+    """The outcomes of ``cases`` on as many processes as the largest asks for; fails with the first rank that fails."""
+    (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
+    world = max(case.world for case in cases.values())
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "error", __file__, str(rank), str(folder)], env=environment)
+        for rank in range(world)
+    ]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+            time.sleep(0.1)
+        assert not any(rank.returncode for rank in ranks), "a rank failed"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return {name: Outcome(**outcome) for name, outcome in json.loads((folder / "results.json").read_text()).items()}
 
 
 def _main(rank: int, folder: Path) -> None:

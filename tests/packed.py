@@ -35,9 +35,14 @@ def row(generator: torch.Generator, length: int, vocab: int) -> Row:
 
 
 def corpus(seed: int, *, steps: int, rows: int, length: int, vocab: int) -> list[list[Row]]:
-    """Rows of every step. Every seventh step is short, as the last one of an epoch is."""
+    """Rows of every step. Every seventh step is three rows short, as the last one of an epoch may be."""
     generator = torch.Generator().manual_seed(seed)
     return [[row(generator, length, vocab) for _ in range(rows - 3 if step % 7 == 6 else rows)] for step in range(steps)]
+
+
+def unweighted(rows: Sequence[Row]) -> list[Row]:
+    """The same rows with weight 1 for every target."""
+    return [[(tokens, targets, (targets != IGNORE_INDEX).float()) for tokens, targets, _ in documents] for documents in rows]
 
 
 def batch(rows: Sequence[Row], length: int) -> Batch:

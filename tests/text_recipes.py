@@ -16,7 +16,7 @@ def text(seed: int, num_words: int) -> str:
     state, words = seed * 2654435761 % 2**32, []
     for _ in range(num_words):
         state = (state * 1664525 + 1013904223) % 2**32
-        words.append(WORDS[(state >> 16) % len(WORDS)] + str(state >> 28))
+        words.append(WORDS[(state >> 16) % len(WORDS)] + str(state >> 22))
     return "\n".join(" ".join(words[i : i + 9]) for i in range(0, num_words, 9)) + "\n"
 
 

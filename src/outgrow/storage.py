@@ -124,7 +124,11 @@ class Storage:
             os.rename(old, new)
             sync_folder(Path(new).parent)
         else:
-            self.fs.mv(old, new, recursive=True)
+            # Not fs.mv(recursive=True): on S3 that also asks for the folders, which are no objects, and fails.
+            self.fs.invalidate_cache()
+            files = self.fs.find(old)
+            self.fs.copy(files, [new + file.removeprefix(old) for file in files])
+            self.fs.rm(old, recursive=True)
 
     def remove(self, key: str) -> None:
         """Delete a file or a folder and all below it; nothing where it is already gone."""

@@ -184,6 +184,11 @@ def test_reader_tells_step_metrics_recipe_and_data_position(tmp_path: Path) -> N
     assert reader.dtype("model/half") == torch.bfloat16
     with pytest.raises(ModelError, match="no tensor model/other"):
         reader.read("model/other", Region((0,), (1,)))
+    with pytest.raises(ModelError, match="has shape"):
+        reader.read("model/embed", Region((0, 1), (61, 17)))
+    for shape in [(61, 18), (60, 17), (1037,)]:
+        with pytest.raises(ModelError, match=r"model/embed has shape \(61, 17\); the model needs"):
+            fill(torch.empty(shape), "model/embed", reader)
     (result,) = saver.results()
     assert (result.ref, result.error, result.step) == (ref, "", 8)
     assert saver.results() == []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, lively
+from tiny_models import FAMILIES
 
 from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.masks import attention_inputs, visible
+from outgrow.trainers.models.probes import lively
 from outgrow.trainers.models.tiny import VOCABULARY, tiny_config
 
 SEGMENTS = torch.tensor([[0] * 9 + [1] * 12 + [-1] * 3, [0] * 24, [0] * 1 + [1] * 22 + [-1]], dtype=torch.int32)
@@ -42,7 +43,7 @@ def test_every_query_sees_itself() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_equal_documents_one_by_one(family: str) -> None:
     config = tiny_config(family)
-    model = lively(config, torch.float64)
+    model = lively(config, "fp64")
     ids = token_ids()
     packed = model(input_ids=ids, **attention_inputs(config, SEGMENTS, POSITIONS)).logits
     assert packed.isfinite().all()
@@ -59,7 +60,7 @@ def test_changing_one_document_leaves_the_next_bit_equal(family: str) -> None:
     changed[0, :9] = token_ids(seed=1)[0, :9]
     # A mixture of experts multiplies all tokens of an expert at once, and how a product is rounded depends on their number.
     exact = family != "mixtral"
-    model = lively(config, torch.float32 if exact else torch.float64)
+    model = lively(config, "fp32" if exact else "fp64")
     inputs = attention_inputs(config, SEGMENTS, POSITIONS)
     before, after = model(input_ids=ids, **inputs).logits, model(input_ids=changed, **inputs).logits
     assert not torch.equal(before[0, :9], after[0, :9])
@@ -100,7 +101,7 @@ def test_a_layer_with_a_window_does_not_see_beyond_it(family: str) -> None:
 def test_soft_capped_attention_is_eager_because_sdpa_leaves_the_cap_out() -> None:
     config = tiny_config("gemma2")
     assert attention_implementation(config) == "eager"
-    model = lively(config, torch.float64)
+    model = lively(config, "fp64")
     with torch.no_grad():
         capped = model(input_ids=token_ids(), use_cache=False).logits
         model.config._attn_implementation = "sdpa"

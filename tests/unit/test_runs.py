@@ -319,3 +319,43 @@ def wait_for(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_a_lock_in_a_bucket_keeps_others_out_too() -> None:
+    bucket = Storage("memory://locks")
+    with run_lock.hold(bucket, FOLDER), pytest.raises(RunError, match="in use by pid"), run_lock.hold(bucket, FOLDER):
+        pass
+    with run_lock.hold(bucket, FOLDER) as before:
+        assert before is None
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+def test_runs_list_and_show(storage: Storage, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from outgrow.cli.runs import app
+
+    site = tmp_path / "site.yaml"
+    site.write_text(f"schema: 1\nstorage: {storage.root}\n")
+    outgrow = CliRunner()
+    nothing = outgrow.invoke(app, ["list", "--site", str(site)])
+    assert nothing.stdout == f"no runs in {storage.root}\n"
+    run = take(storage).run
+    log = EventLog(storage, run.folder)
+    common: dict[str, Any] = {"attempt": "a", "time": 0.0, "steps": 1200}
+    log.write(StepRecord(kind="step", step=1100, loss=2.34567, tokens_per_s=1234.5, **common))
+    log.write(StepRecord(kind="validation", step=1150, loss=2.5, detail={"a": 2.5}, **common))
+    log.close()
+
+    listed = outgrow.invoke(app, ["list", "--site", str(site)]).stdout.splitlines()
+    assert listed[0].split() == ["run", "state", "step", "loss", "validation", "started"]
+    assert listed[1].split()[:-2] == [run.folder.removeprefix("runs/"), "stopped", "1,150/1,200", "2.3457", "2.5000"]
+    shown = outgrow.invoke(app, ["show", "small", "--site", str(site)]).stdout
+    assert f"folder      {storage.root}/{run.folder}\n" in shown
+    assert "model       architecture llama\n" in shown
+    assert "speed       1,234 tokens/s\n" in shown
+    assert 'last record validation at 1970-01-01T00:00:00+00:00\n            {"a": 2.5}\n' in shown
+    with pytest.raises(RunError, match="did you mean small"):
+        outgrow.invoke(app, ["show", "smal", "--site", str(site)], catch_exceptions=False)

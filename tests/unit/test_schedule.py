@@ -65,8 +65,7 @@ def test_a_run_no_longer_than_its_warmup_only_rises(kind: str) -> None:
 
 
 def test_custom_schedule_is_called_with_step_steps_and_options() -> None:
-    assert curve(3, kind="custom", factory="builtins:dict", options={}) is not None if False else True
-    found = curve(4, kind="custom", factory=f"{__name__}:triangle", options={"top": 2}) if __name__ in __import__("sys").modules else None
+    found = curve(4, kind="custom", factory=f"{__name__}:triangle", options={"top": 2})
     np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 1.5])
 
 
@@ -79,7 +78,10 @@ def triangle(*, step: int, steps: int, top: float) -> float:
     [
         ("no_such_module:rate", "no_such_module:rate cannot be imported: No module named 'no_such_module'"),
         ("math:no_such", "math:no_such cannot be imported: module 'math' has no attribute 'no_such'"),
-        ("builtins:dict", "builtins:dict returned {'step': 0, 'steps': 101} for step 0; allowed: a finite number of at least 0"),
+        (
+            "builtins:dict",
+            "builtins:dict returned {'step': 0, 'steps': 101} for step 0; allowed: a finite number of at least 0",
+        ),
     ],
 )
 def test_custom_schedule_at_fault_is_refused(factory: str, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outgrow import __version__
-from outgrow.cli import data, model, plan, recipe, runs, site, train
+from outgrow.cli import data, model, plan, quickstart, recipe, runs, site, train
 from outgrow.errors import OutgrowError, UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 for name, part in (("recipe", recipe), ("site", site), ("data", data), ("runs", runs), ("model", model)):
     app.add_typer(part.app, name=name)
+app.command("quickstart")(quickstart.quickstart)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("submit")(train.submit)

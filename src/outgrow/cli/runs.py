@@ -57,7 +57,8 @@ def show(
 def _row(known: RunStatus) -> tuple[str, ...]:
     folder = known.stored.ref.folder.rpartition("/")[2]
     loss, validation = _loss(known.newest.get("step")), _loss(known.newest.get("validation"))
-    return folder, known.state, _progress(known.last), loss, validation, known.stored.file.created
+    started = known.stored.file.created[:16].replace("T", " ")
+    return folder, known.state, _progress(known.last), loss, validation, started
 
 
 def _details(known: RunStatus, root: str) -> list[tuple[str, str]]:

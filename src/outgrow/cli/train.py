@@ -95,9 +95,7 @@ def _claimed(claimed: Claim) -> str:
     lines = [f"{'resuming' if claimed.resumed else 'starting'} run {claimed.run.folder}"]
     if claimed.taken_from:
         lines.append(f"  its lock was left by {claimed.taken_from}, which is gone")
-    lines += [
-        f"  {change.key}: {change.old} -> {change.new} ({change.verdict}: {change.why})" for change in claimed.differences
-    ]
+    lines += [f"  {change}" for change in claimed.differences]
     return "\n".join(lines)
 
 

@@ -1,0 +1,342 @@
+"""``build``: same bytes however it is run, nothing done twice, nothing half done, and MosaicML's reader agrees with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from text_recipes import make_recipe, make_site, text, text_stream, write_texts
+
+from outgrow.errors import DataError, IntegrityError
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.site import Site
+from outgrow.storage import tree_digests
+from outgrow.streaming.aside import remove_abandoned
+from outgrow.streaming.build import build, find
+from outgrow.streaming.card import describe
+from outgrow.streaming.inspect import first_rows
+from outgrow.streaming.sources import Document
+from outgrow.streaming.store import Progress
+from outgrow.streaming.tokenise import held_out
+from outgrow.streaming.tokenizer import TextTokenizer, train
+from outgrow.streaming.verify import stored_facts, verify
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Some text files with an empty one among them, and JSON lines."""
+    root = tmp_path_factory.mktemp("inputs")
+    prose = write_texts(root / "prose", 40)
+    (prose / "empty.txt").touch()
+    (root / "notes").mkdir()
+    lines = [json.dumps({"text": text(100 + number, 30), "number": number}) for number in range(50)]
+    (root / "notes" / "n.jsonl").write_text("\n".join([*lines, "not JSON"]))
+    return {"prose": prose, "notes": root / "notes"}
+
+
+def recipe_of(**data: Any) -> Recipe:
+    notes = {"name": "notes", "source": {"kind": "jsonl", "path": "notes", "on_error": "skip"}}
+    return make_recipe(text_stream(), notes, **data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> Site:
+    """A site where the dataset of ``recipe_of()`` is built."""
+    made = make_site(tmp_path_factory.mktemp("built"), **inputs)
+    assert build(recipe_of(), made).built
+    return made
+
+
+def stored(site: Site, key: str) -> Path:
+    return Path(site.open_storage().path(key))
+
+
+def datasets(site: Site) -> list[str]:
+    return [name for name in site.open_storage().names("datasets") if name != "by-recipe"]
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # LocalDataset leaves its index open
+def test_mosaicmls_own_dataset_reads_every_document(site: Site, inputs: dict[str, Path]) -> None:
+    from streaming.base import LocalDataset  # noqa: TID251
+
+    from outgrow.streaming import _mosaic  # noqa: F401  (makes their package importable)
+
+    card = find(recipe_of(), site)
+    assert card is not None
+    tokenizer = TextTokenizer(stored(site, card.store) / "tokenizer")
+    expected = {path.name: path.read_text() for path in inputs["prose"].iterdir() if path.stat().st_size}
+    found: dict[str, str] = {}
+    sides: dict[str, bool] = {}
+    for split in ("train", "validation"):
+        for sample in LocalDataset(str(stored(site, card.store) / "streams" / "prose" / split)):
+            tokens = sample["tokens"]
+            assert tokens.dtype == np.uint16 and tokens[-1] == tokenizer.eos_token_id and 0 not in tokens[:-1]
+            assert (sample["weights"], sample["spans"], sample["meta"]) == (b"", b"", "{}")
+            found[sample["source"]] = tokenizer.decode(tokens[:-1].astype(np.int64))
+            sides[sample["source"]] = split == "validation"
+    assert found == expected
+    for name, side in sides.items():
+        assert side == (int(hashlib.sha256(expected[name].encode()).hexdigest()[:16], 16) < 0.2 * 2**64)
+    assert 0 < sum(sides.values()) < 20
+
+
+def test_the_card_counts_what_is_there(site: Site) -> None:
+    card = find(recipe_of(), site)
+    assert card is not None
+    notes, prose = card.streams
+    assert (notes.name, notes.documents + notes.validation_documents, notes.skipped) == ("notes", 50, 1)
+    assert (prose.name, prose.documents + prose.validation_documents, prose.skipped) == ("prose", 40, 1)
+    assert card.tokens == notes.tokens + prose.tokens
+    assert card.rows == notes.rows + prose.rows == -(-notes.tokens // 16) + -(-prose.tokens // 16)
+    assert card.fill == card.tokens / (card.rows * 16)
+    assert card.bytes == sum(path.stat().st_size for path in stored(site, card.store).rglob("*") if path.is_file())
+    facts = stored_facts(site.open_storage(), card)
+    assert [stream.skipped for stream in facts.streams] == [{"malformed": 1}, {"empty": 1}]
+    shown = describe(card, facts)
+    assert f"{card.tokens:,} tokens in {card.rows:,} rows of 16" in shown
+    assert "skipped in notes: 1 malformed" in shown
+
+
+def test_rows_are_shown_as_text_with_their_boundaries(site: Site, inputs: dict[str, Path]) -> None:
+    card = find(recipe_of(), site)
+    assert card is not None
+    shown = list(first_rows(site, card, card.rows))
+    assert sorted(row.row_id for row in shown) == list(range(card.rows))
+    by_source: dict[str, dict[int, str]] = {}
+    for row in shown:
+        assert row.tokens == 16 or row.tokens == sum(segment.length for segment in row.segments)
+        for segment in row.segments:
+            by_source.setdefault(segment.source, {})[segment.start] = segment.text
+    whole = {source: "".join(part for _, part in sorted(parts.items())) for source, parts in by_source.items()}
+    assert whole["001.txt"] == (inputs["prose"] / "001.txt").read_text() + "<|endoftext|>"
+    assert whole["n.jsonl#3"] == text(102, 30) + "<|endoftext|>"
+
+
+def test_equal_documents_are_on_the_same_side() -> None:
+    for number in range(50):
+        content = text(number, 5)
+        sides = {held_out(Document(text=content, source=source), 0.3) for source in ("a", "b#7", "c")}
+        assert len(sides) == 1
+    share = sum(held_out(Document(text=str(number), source=""), 0.3) for number in range(4000)) / 4000
+    assert abs(share - 0.3) < 0.03
+
+
+# --- the same bytes, once ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_bytes_for_one_and_two_processes_and_another_folder(
+    tmp_path: Path, site: Site, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = {name: shutil.copytree(path, tmp_path / "moved" / name) for name, path in inputs.items()}
+    other = make_site(tmp_path, build_processes=2, **moved)
+    # Little text makes one unit, and one unit one process.
+    monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 1000)
+    for module in ("lines", "text"):
+        monkeypatch.setattr(f"outgrow.streaming.sources.{module}.UNIT_BYTES", 3000)
+    result = build(recipe_of(), other)
+    assert result.built
+    assert result.card == find(recipe_of(), site)
+    assert tree_digests(stored(other, result.card.store)) == tree_digests(stored(site, result.card.store))
+
+
+def test_a_second_build_does_nothing_and_says_so(site: Site) -> None:
+    before = tree_digests(stored(site, ""))
+    result = build(recipe_of(), site)
+    assert not result.built
+    assert "nothing to do" in result.note
+    assert result.card == find(recipe_of(), site)
+    assert tree_digests(stored(site, "")) == before
+
+
+def test_another_length_or_seed_is_another_index_of_the_same_store(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    site = make_site(tmp_path, **inputs)
+    first = build(recipe_of(), site)
+    longer = build(recipe_of(sequence_length=32), site)
+    reader = build(recipe_of(loader_workers=7), site)
+    assert (longer.card.store, longer.built) == (first.card.store, True)
+    assert "indexed" in longer.note
+    assert longer.card.index != first.card.index
+    assert (reader.card, reader.built) == (first.card, False)
+    assert datasets(site) == [first.card.store.removeprefix("datasets/")]
+
+
+@pytest.mark.parametrize("change", ["content", "name", "fraction", "tokenizer", "shard_bytes"])
+def test_what_decides_the_bytes_makes_another_store(tmp_path: Path, inputs: dict[str, Path], change: str) -> None:
+    prose = shutil.copytree(inputs["prose"], tmp_path / "prose")
+    site = make_site(tmp_path, prose=prose)
+    before = build(make_recipe(text_stream()), site).card
+    sections: Mapping[str, Any] = {
+        "fraction": {"validation_fraction": 0.3},
+        "tokenizer": {"tokenizer": {"kind": "train", "vocab_size": 301, "sample_bytes": 100_000}},
+        "shard_bytes": {"shard_bytes": 70_000},
+    }
+    if change == "content":
+        (prose / "001.txt").write_text(text(999, 60))
+    if change == "name":
+        (prose / "001.txt").rename(prose / "zzz.txt")
+    recipe = make_recipe(text_stream(), **sections.get(change, {}))
+    assert find(recipe, site) is None
+    assert build(recipe, site).card.store_fingerprint != before.store_fingerprint
+
+
+def test_a_machine_without_the_sources_uses_the_dataset_of_the_same_section(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    prose = shutil.copytree(inputs["prose"], tmp_path / "prose")
+    site = make_site(tmp_path, prose=prose)
+    card = build(make_recipe(text_stream()), site).card
+    shutil.rmtree(prose)
+    result = build(make_recipe(text_stream()), site)
+    assert (result.card, result.built) == (card, False)
+    assert "not on this machine" in result.note and card.store in result.note
+    assert find(make_recipe(text_stream()), site) == card
+    with pytest.raises(DataError, match=f"there is no {prose}"):
+        build(make_recipe(text_stream(), sequence_length=64), site)
+
+
+def test_a_bucket_gets_the_dataset_whole_with_its_markers_last(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    url = f"memory://build-{os.getpid()}"
+    site = make_site(tmp_path, storage=url, **inputs)
+    seen: list[Progress] = []
+    card = build(recipe_of(), site, progress=seen.append).card
+    assert {progress.stage for progress in seen} == {"tokenizer", "tokens", "index", "upload"}
+    storage = site.open_storage()
+    assert verify(storage, card).num_bytes > 10_000
+    assert find(recipe_of(), site) == card
+    assert not build(recipe_of(), site).built
+    # A machine that lacks store and cache builds nothing either: the bucket has it.
+    assert not build(recipe_of(), make_site(tmp_path / "elsewhere", storage=url, **inputs)).built
+    storage.remove(f"{card.store}/COMMITTED")
+    assert find(recipe_of(), site) is None
+
+
+# --- what is refused, and what a failure leaves -----------------------------------------------------------------------
+
+
+def test_verify_names_every_file_that_differs_or_is_missing(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    site = make_site(tmp_path, **inputs)
+    card = build(recipe_of(), site).card
+    verified = verify(site.open_storage(), card)
+    assert verified.files == 4 * 3 + 3 + 4
+    shard = stored(site, card.store) / "streams/prose/train/shard.00000.mds"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    (stored(site, card.store) / "tokenizer/tokenizer_config.json").unlink()
+    with pytest.raises(IntegrityError) as caught:
+        verify(site.open_storage(), card)
+    assert "prose/train/shard.00000.mds: the bytes differ" in str(caught.value)
+    assert "tokenizer_config.json: the file is missing" in str(caught.value)
+    manifest = stored(site, card.store) / "store.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(IntegrityError, match="store.json"):
+        verify(site.open_storage(), card)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = write_texts(tmp_path / "prose", 10)
+    (prose / "zz.txt").write_bytes(b"\xff\xfe\xff")
+    monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 100)
+    site = make_site(tmp_path, build_processes=processes, prose=prose)
+    train([text(number, 100) for number in range(5)], 300, tmp_path / "tokenizer")
+    recipe = make_recipe(text_stream(), tokenizer={"kind": "folder", "path": "tokenizer"})
+    site = site.model_copy(update={"sources": {**site.sources, "tokenizer": str(tmp_path / "tokenizer")}})
+    # The forecast reads the first files only, so the bad one is met in the midst of the build.
+    monkeypatch.setattr("outgrow.streaming.sampling._FORECAST_BYTES", 10)
+    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 10)
+    with pytest.raises(DataError, match="zz.txt"):
+        build(recipe, site)
+    assert datasets(site) == []
+
+
+def test_a_disk_without_room_is_refused_with_figures_before_a_shard_is_written(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(tmp_path, **inputs)
+    monkeypatch.setattr("outgrow.storage.Storage.free_bytes", lambda self: 5_000)
+    with pytest.raises(DataError, match=r"takes about 0.00 GB, and 0.00 GB are free"):
+        build(recipe_of(), site)
+    assert datasets(site) == []
+
+
+def test_the_forecast_of_room_is_near_the_truth(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    from outgrow.streaming.sampling import forecast_bytes
+    from outgrow.streaming.sources import open_source
+    from outgrow.streaming.sources.digests import DigestCache
+
+    site = make_site(tmp_path, **inputs)
+    card = build(recipe_of(), site).card
+    written = sum(path.stat().st_size for path in stored(site, card.store).glob("streams/*/*/*.mds"))
+    opened = tuple(open_source(stream, site, DigestCache(tmp_path / "cache")) for stream in recipe_of().data.streams)
+    assert written < forecast_bytes(opened, stored(site, card.store) / "tokenizer") < 1.4 * written
+
+
+def test_a_stream_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "prose" / "a.txt").write_text("")
+    train([text(number, 100) for number in range(5)], 300, tmp_path / "tokenizer")
+    site = make_site(tmp_path, prose=tmp_path / "prose", tokenizer=tmp_path / "tokenizer")
+    with pytest.raises(DataError, match="stream 'prose' holds no document"):
+        build(make_recipe(text_stream(), tokenizer={"kind": "folder", "path": "tokenizer"}), site)
+
+
+def test_token_ids_need_the_tokenizer_that_made_them(tmp_path: Path) -> None:
+    from outgrow.streaming._mosaic import MDSWriter
+
+    with MDSWriter(columns={"tokens": "ndarray"}, out=str(tmp_path / "ids")) as writer:
+        for number in range(20):
+            writer.write({"tokens": np.array([number + 5, 6, 7], np.int32)})
+        writer.write({"tokens": np.array([310, 6, 0], np.int32)})
+    made = train([text(number, 100) for number in range(5)], 300, tmp_path / "tokenizer")
+    site = make_site(tmp_path, ids=tmp_path / "ids", tokenizer=tmp_path / "tokenizer")
+    stream = {"name": "ids", "source": {"kind": "mds", "path": "ids"}}
+    with pytest.raises(DataError, match="trained on text"):
+        build(make_recipe(stream), site)
+    folder = {"kind": "folder", "path": "tokenizer"}
+    with pytest.raises(DataError, match="token ids from 0 to 310 are not of this tokenizer"):
+        build(make_recipe(stream, tokenizer=folder), site)
+    larger = train([text(number, 300) for number in range(9)], 320, tmp_path / "larger")
+    site = make_site(tmp_path, ids=tmp_path / "ids", tokenizer=tmp_path / "larger")
+    card = build(make_recipe(stream, tokenizer=folder), site).card
+    assert card.tokenizer_fingerprint == larger.fingerprint != made.fingerprint
+    # Each document ends with the end-of-text token once: three tokens and it, or the one that was there.
+    assert sum(s.tokens + s.validation_tokens for s in card.streams) == 20 * 4 + 3
+
+
+def test_folders_of_dead_builds_are_removed_and_others_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    host = socket.gethostname()
+    dead = tmp_path / f".building-{host}-{process.pid}-1234"
+    reused = tmp_path / f".building-{host}-{os.getpid()}-1234"
+    elsewhere = tmp_path / f".building-else-where-{process.pid}-1234"
+    for folder in (dead, reused, elsewhere):
+        folder.mkdir()
+    assert remove_abandoned(tmp_path) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]
+
+
+def test_a_build_starts_no_thread_that_stays(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    before = threading.active_count()
+    build(recipe_of(), make_site(tmp_path, **inputs))
+    assert threading.active_count() == before
+
+
+def test_a_card_goes_through_json(site: Site) -> None:
+    card = find(recipe_of(), site)
+    assert card is not None
+    assert type(card).from_dict(json.loads(json.dumps(dataclasses.asdict(card)))) == card

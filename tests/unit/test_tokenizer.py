@@ -1,0 +1,162 @@
+"""Tokenizers: trained deterministically, saved as transformers reads them, blind to special tokens in text, told apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from text_recipes import text
+
+from outgrow.contracts import DatasetCard
+from outgrow.errors import DataError
+from outgrow.streaming.tokenizer import TextTokenizer, check_tokenizer, copy_tokenizer, pieces, train
+
+TEXTS = [text(seed, 300) for seed in range(20)] + ["Привет, мир! 你好，世界。\r\n\r\n\tx  y   z\n\n\n it's 12345 \n"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizers") / "trained"
+    train(TEXTS, 400, path)
+    return path
+
+
+def change(folder: Path, to: Path, name: str, **keys: Any) -> Path:
+    """A copy of a tokenizer's folder with keys of one of its files changed; None takes a key away."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    value = {**json.loads((to / name).read_text()), **keys}
+    (to / name).write_text(json.dumps({key: value for key, value in value.items() if value is not None}))
+    return to
+
+
+def test_every_text_comes_back_and_eos_is_never_found_in_text(folder: Path) -> None:
+    tokenizer = TextTokenizer(folder)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (400, 0)
+    spelled = "before <|endoftext|> after"
+    for original, token_ids in zip([*TEXTS, spelled, ""], tokenizer.encode([*TEXTS, spelled, ""]), strict=True):
+        assert token_ids.dtype == np.int64
+        assert tokenizer.decode(token_ids) == original
+        assert tokenizer.eos_token_id not in token_ids
+
+
+def test_transformers_reads_what_was_saved(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = TextTokenizer(folder)
+    assert theirs.eos_token_id == ours.eos_token_id
+    for original, token_ids in zip(TEXTS, ours.encode(TEXTS), strict=True):
+        assert theirs(original)["input_ids"] == token_ids.tolist()
+        assert theirs.decode(token_ids.tolist()) == original
+
+
+def test_training_is_deterministic_whatever_the_threads(folder: Path, tmp_path: Path) -> None:
+    """In other processes: another hash seed, and one thread instead of all."""
+    code = (
+        "import json, pathlib, sys; from outgrow.streaming.tokenizer import train\n"
+        "train(json.load(sys.stdin), 400, pathlib.Path(sys.argv[1]))"
+    )
+    for parallel in ("true", "false"):
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": parallel}
+        out = tmp_path / parallel
+        subprocess.run([sys.executable, "-c", code, str(out)], input=json.dumps(TEXTS), text=True, env=environment, check=True)
+        for path in folder.iterdir():
+            assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_too_little_text_for_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gives a vocabulary of 2.. tokens, not 1,000"):
+        train(["hello hello"], 1000, tmp_path / "t")
+
+
+@pytest.mark.parametrize("limit", [7, 64, 1000])
+def test_pieces_lose_nothing_and_change_no_token(folder: Path, limit: int) -> None:
+    """The slow twin is the whole text encoded at once; with pieces longer than any word the tokens are the same."""
+    tokenizer = TextTokenizer(folder)
+    whole = "\n".join(TEXTS) + " " * 50 + "\n" * 30 + "end of it all"
+    parts = list(pieces(whole, limit))
+    assert "".join(parts) == whole
+    assert all(0 < len(part) <= limit for part in parts)
+    if limit >= 200:
+        np.testing.assert_array_equal(np.concatenate(tokenizer.encode(parts)), tokenizer.encode([whole])[0])
+
+
+def test_pieces_of_text_without_breaks_are_still_bounded() -> None:
+    assert [len(part) for part in pieces("x" * 10_000_000, 1_000_000)] == [1_000_000] * 10
+
+
+def test_a_tokenizer_folder_that_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no tokenizer.json"):
+        TextTokenizer(tmp_path / "empty")
+    with pytest.raises(DataError, match="cannot be read"):
+        TextTokenizer(change(folder, tmp_path / "broken", "tokenizer.json", model={"type": "BPE"}))
+    with pytest.raises(DataError, match="'</s>' is not in the vocabulary"):
+        TextTokenizer(change(folder, tmp_path / "foreign", "tokenizer_config.json", eos_token="</s>"))
+    silent = change(folder, tmp_path / "silent", "tokenizer_config.json", eos_token=None)
+    (silent / "special_tokens_map.json").unlink()
+    with pytest.raises(DataError, match="does not say which token ends"):
+        TextTokenizer(silent)
+
+
+def test_eos_may_be_spelled_as_an_object(folder: Path, tmp_path: Path) -> None:
+    given = change(
+        folder, tmp_path / "object", "tokenizer_config.json", eos_token={"content": "<|endoftext|>", "lstrip": False}
+    )
+    assert TextTokenizer(given).eos_token_id == 0
+
+
+def test_padding_truncation_and_spaces_change_neither_tokens_nor_fingerprint(folder: Path, tmp_path: Path) -> None:
+    value = json.loads((folder / "tokenizer.json").read_text())
+    limited = tmp_path / "limited"
+    limited.mkdir()
+    cut = {"truncation": {"max_length": 5, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}}
+    (limited / "tokenizer.json").write_text(json.dumps({**value, **cut}, indent=7))
+    (limited / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    assert len(TextTokenizer(limited).encode(TEXTS[:1])[0]) > 5
+    (limited / "tokenizer.json").write_text(json.dumps(value, indent=7))
+    assert TextTokenizer(limited).fingerprint == TextTokenizer(folder).fingerprint
+
+
+def test_a_copy_takes_the_tokenizer_out_of_a_model_folder(folder: Path, tmp_path: Path) -> None:
+    model = change(folder, tmp_path / "model", "tokenizer_config.json")
+    (model / "model.safetensors").write_bytes(b"weights")
+    copied = copy_tokenizer(model, tmp_path / "copy")
+    assert copied.fingerprint == TextTokenizer(folder).fingerprint
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(path.name for path in folder.iterdir())
+
+
+def test_a_tokenizer_that_does_not_match_the_dataset_is_refused_with_both_fingerprints(folder: Path, tmp_path: Path) -> None:
+    fitting = TextTokenizer(folder)
+    other = train(TEXTS[:10], 350, tmp_path / "other")
+    card = DatasetCard(
+        store="datasets/a",
+        index="datasets/a/rows-b",
+        store_fingerprint="a",
+        index_fingerprint="b",
+        tokenizer_fingerprint=fitting.fingerprint,
+        vocab_size=400,
+        eos_token_id=0,
+        sequence_length=8,
+        tokens=1,
+        rows=1,
+        fill=1.0,
+        validation_rows=0,
+        bytes=1,
+        streams=(),
+    )
+    check_tokenizer(card, folder)
+    with pytest.raises(DataError) as caught:
+        check_tokenizer(card, tmp_path / "other")
+    assert fitting.fingerprint[:16] in str(caught.value) and other.fingerprint[:16] in str(caught.value)
+    with pytest.raises(DataError, match="end of text 5"):
+        check_tokenizer(dataclasses.replace(card, eos_token_id=5), folder)
