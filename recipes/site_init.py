@@ -28,7 +28,7 @@ storage: {storage}
 # Copies of what lies in a remote storage; a fast local disk.
 cache: {cache}
 
-# Names that recipes use, and the folder or URL of each. python-stdlib is always there.
+# Names that recipes use, and the folder of each. python-stdlib is always there.
 sources: {{}}
 #   texts: ~/texts
 

@@ -57,7 +57,7 @@ def load_site(path: Path | None) -> Site:
 
 
 def bind(site: Site, recipe: Recipe, recipe_path: Path) -> Site:
-    """The site with a folder or URL under ``sources`` for every name that the recipe uses.
+    """The site with a folder under ``sources`` for every name that the recipe uses.
 
     A name that the site does not know is a path relative to the recipe. Raises ``SiteError`` with all that are neither.
     """
@@ -79,7 +79,7 @@ def bind(site: Site, recipe: Recipe, recipe_path: Path) -> Site:
 
 
 def recipe_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every (key path, name) of a recipe that stands for a folder or bucket."""
+    """Every (key path, name) of a recipe that stands for a folder."""
     if isinstance(recipe.model, FolderModel):
         yield "model.path", recipe.model.path
     if isinstance(recipe.data.tokenizer, FolderTokenizer):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from outgrow.streaming._mosaic import MdsFolder
+from outgrow.streaming.mds import MdsFolder
 
 
 class Documents:

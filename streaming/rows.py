@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,9 @@ from outgrow.contracts import Record
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest, fingerprint, sync_folder
 from outgrow.streaming.aside import aside_folder, remove_abandoned
+from outgrow.streaming.documents import Documents
 from outgrow.streaming.manifest import FILES, commit, is_committed, read_manifest
 from outgrow.streaming.shuffle import permutation
-
-if TYPE_CHECKING:
-    from outgrow.streaming.documents import Documents
 
 FORMAT = 1
 """Counts up when the same inputs would give other rows."""
@@ -241,8 +239,6 @@ def _cut(
         window_rows=-(-window_starts // sequence_length),
     )
     if not documents["uniform"].all():
-        from outgrow.streaming.documents import Documents  # brings MosaicML's package and torch with it, so only where needed
-
         _add_weights(rows, documents, Documents(store, name, split, digests, open_shards=4))
     return rows
 

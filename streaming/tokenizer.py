@@ -7,7 +7,6 @@ ends a document. No special token is added but that one, after each document.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,9 +36,6 @@ _FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-# A single break between two words: byte-level tokenizers divide there whatever stands further on, so a cut changes no token.
-_LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
-_WORD_START = re.compile(r"(?<=\S)(?= \S)")
 
 
 class TextTokenizer:
@@ -106,21 +102,22 @@ def pieces(text: str, limit: int) -> Iterator[str]:
     start = 0
     while len(text) - start > limit:
         window = (start + limit // 2, start + limit)
-        cut = _last(_LINE_START, text, *window) or _last(_WORD_START, text, *window) or start + limit
+        line, word = _last_break(text, "\n", *window), _last_break(text, " ", *window)
+        cut = line + 1 if line >= 0 else word if word >= 0 else start + limit
         yield text[start:cut]
         start = cut
     yield text[start:]
 
 
-def _last(pattern: re.Pattern[str], text: str, start: int, stop: int) -> int:
-    """Position of the last match in ``text[start:stop]``, looked for from the end in growing steps; 0 where there is none."""
-    step = 4096
-    while True:
-        begin = max(start, stop - step)
-        found = [match.start() for match in pattern.finditer(text, begin, stop)]
-        if found or begin == start:
-            return found[-1] if found else 0
-        step *= 8
+def _last_break(text: str, mark: str, start: int, stop: int) -> int:
+    """Position of the last ``mark`` in ``text[start:stop]`` that stands between two characters other than spaces; -1 without.
+
+    Byte-level tokenizers divide words there whatever stands further on, so a cut changes no token.
+    """
+    at = text.rfind(mark, start, stop)
+    while at > start and (text[at - 1].isspace() or text[at + 1].isspace()):
+        at = text.rfind(mark, start, at)
+    return at if at > start else -1
 
 
 def train(texts: Iterable[str], vocab_size: int, folder: Path) -> TextTokenizer:

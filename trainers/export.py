@@ -21,24 +21,12 @@ from outgrow.contracts import ExportManifest
 from outgrow.errors import ModelError, PlanError
 from outgrow.storage import Storage, nearest_folder, sync_folder, sync_tree, tree_digests, verify_tree
 from outgrow.trainers.models.build import meta_model
-from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.weights import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, read_manifest
 from outgrow.trainers.regions import Region, TensorSource
 
 ExportDtype: TypeAlias = Literal["fp32", "bf16"]
 DTYPES: Mapping[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def export(
@@ -56,7 +44,7 @@ def export(
 ) -> ExportManifest:
     """The manifest of ``out``, which holds the parameters ``<prefix><name>`` of ``source`` and loads in transformers.
 
-    ``tokenizer`` is a folder with ``tokenizer.json``. The same export again is verified and left as it is. Raises
+    ``tokenizer`` is a folder of nothing but the tokenizer's files. The same export again is verified and left as it is. Raises
     ``ModelError`` where ``out`` holds anything else or ``source`` is not of this model, ``PlanError`` where the disk has
     no room.
     """
@@ -165,9 +153,6 @@ def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dty
     written.dtype = dtype
     written.use_cache = True
     written.name_or_path = ""  # else the folder that training began with, on this machine, is written down
-    if attention_implementation(config) == "eager":
-        # transformers would choose sdpa, which leaves the soft cap out; a loader that knows the key keeps the trainer's logits.
-        written.attn_implementation = "eager"
     written.save_pretrained(folder)
     GenerationConfig.from_model_config(written).save_pretrained(folder)
 
@@ -175,6 +160,7 @@ def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dty
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     if not (tokenizer / "tokenizer.json").is_file():
         raise ModelError("no tokenizer.json here", where=str(tokenizer))
-    for name in _TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    for path in sorted(tokenizer.iterdir()):
+        if (folder / path.name).exists() or not path.is_file():
+            raise ModelError(f"{path.name} is no file of a tokenizer", where=str(tokenizer))
+        shutil.copyfile(path, folder / path.name)

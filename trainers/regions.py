@@ -15,6 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from outgrow.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Region:
@@ -69,7 +71,12 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
 
 
 def fill(tensor: torch.Tensor, name: str, source: TensorSource) -> None:
-    """Copy this rank's part of ``name`` from ``source`` into ``tensor``, cast to its dtype and moved to its device."""
+    """Copy this rank's part of ``name`` from ``source`` into ``tensor``, cast to its dtype and moved to its device.
+
+    Raises ``ModelError`` where the source has it at another full shape: a part of it would fit without being right.
+    """
+    if source.shape(name) != tuple(tensor.shape):
+        raise ModelError(f"{name} has shape {source.shape(name)}; the model needs {tuple(tensor.shape)}")
     part, region = local_part(tensor)
     if region.numel:
         with torch.no_grad():

@@ -16,7 +16,7 @@ class TextSource(Section):
 
     kind: Literal["text"]
     path: SourceName
-    """A name that the site maps to a folder or bucket, or a file or folder relative to the recipe."""
+    """A name that the site maps to a folder, or a file or folder relative to the recipe."""
     include: tuple[str, ...] = ("**/*.txt", "**/*.md", "**/*.py", "**/*.rst")
     """Glob patterns below the folder, relative to it."""
     exclude: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class JsonlSource(Section):
 
     kind: Literal["jsonl"]
     path: SourceName
-    """A name that the site maps to a folder or bucket, or a file or folder relative to the recipe."""
+    """A name that the site maps to a folder, or a file or folder relative to the recipe."""
     include: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")
     """Glob patterns below the folder, relative to it."""
     exclude: tuple[str, ...] = ()

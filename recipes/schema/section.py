@@ -47,7 +47,7 @@ def _no_path_of_one_machine(value: str) -> str:
 
 
 SourceName = Annotated[str, Field(min_length=1), AfterValidator(_no_path_of_one_machine)]
-"""A name that the site maps to a folder or bucket, or a path relative to the recipe."""
+"""A name that the site maps to a folder, or a path relative to the recipe."""
 
 
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]

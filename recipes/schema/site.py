@@ -44,7 +44,7 @@ class Site(Section):
     cache: Location = "~/.cache/outgrow"
     """Local folder, fast, for copies of what lies in a remote ``storage``."""
     sources: dict[str, Location] = {}
-    """Names that recipes use for data and models, and the folder or URL of each; ``python-stdlib``, the running Python's own
+    """Names that recipes use for data and models, and the folder of each; ``python-stdlib``, the running Python's own
     library, is always there."""
     cluster: Cluster = Cluster()
     """The Ray cluster."""

@@ -113,7 +113,10 @@ def _glob(pattern: str) -> re.Pattern[str]:
             parts.append(f"[^{body[1:]}]" if body.startswith("!") else f"[{body}]")
         else:
             parts.append({"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token) or re.escape(token))
-    return re.compile("".join(parts), flags=re.DOTALL)
+    try:
+        return re.compile("".join(parts), flags=re.DOTALL)
+    except re.error as error:
+        raise DataError(f"'{pattern}' is not a glob pattern: {error}") from None
 
 
 def _printable(name: str) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import islice
 from math import prod
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -111,17 +112,31 @@ class TensorEntry(Stored):
 
 
 class PieceIndex(Stored):
-    """All tensors of a checkpoint by name; the pieces of each cover it."""
+    """All tensors of a checkpoint by name; the pieces of each cover it exactly once."""
 
     tensors: dict[str, TensorEntry]
 
     @model_validator(mode="after")
-    def _nothing_is_missing(self) -> Self:
+    def _each_element_stands_once(self) -> Self:
         for name, entry in self.tensors.items():
             held = sum(prod(piece.shape) for piece in entry.pieces)
             if held != prod(entry.shape):
                 raise ValueError(f"{name}: its pieces hold {held} of {prod(entry.shape)} elements")
+            if _overlap(entry.pieces):
+                raise ValueError(f"{name}: two of its pieces overlap")
         return self
+
+
+def _overlap(pieces: tuple[Piece, ...]) -> bool:
+    """Whether two boxes share an element; sorted by their first row, so that shards of rows cost no quadratic time."""
+    ordered = sorted(pieces, key=lambda piece: piece.offset)
+    for number, low in enumerate(ordered):
+        for high in islice(ordered, number + 1, None):
+            if low.offset and high.offset[0] >= low.offset[0] + low.shape[0]:
+                break
+            if all(o < p + n and p < o + m for p, n, o, m in zip(low.offset, low.shape, high.offset, high.shape, strict=True)):
+                return True
+    return False
 
 
 class Part(Stored):

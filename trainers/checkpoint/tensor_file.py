@@ -87,7 +87,8 @@ def parse_header(text: bytes, data_bytes: int, where: str) -> dict[str, Slot]:
 def _slot(key: str, entry: dict[str, Any], data_bytes: int) -> Slot:
     start, stop = entry["data_offsets"]
     slot = Slot(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
-    if not 0 <= start <= stop <= data_bytes or stop - start != prod(slot.shape) * slot.dtype.itemsize:
+    integers = all(type(number) is int for number in (start, stop, *slot.shape))
+    if not integers or not 0 <= start <= stop <= data_bytes or stop - start != prod(slot.shape) * slot.dtype.itemsize:
         raise ValueError(
             f"{key}: bytes {start} to {stop} cannot be {entry['dtype']} {entry['shape']} within {data_bytes} bytes"
         )

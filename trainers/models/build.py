@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from outgrow.contracts import DatasetCard, ModelFacts
@@ -79,7 +80,7 @@ def config_for(recipe: Recipe, site: Site, card: DatasetCard | None = None) -> P
 
 
 def checked_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
-    """``config`` as training needs it; ``ModelError`` for values and sizes that cannot work, which ``where`` is the origin of."""
+    """``config`` as training needs it; ``ModelError`` for values and sizes that cannot work. ``where`` is their origin."""
     check_values(config, where)
     _check_sizes(config, where)
     config.use_cache = False
@@ -90,11 +91,16 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     """The model with parameters on meta in the master dtype, and every buffer real on the CPU; in training mode.
 
     Buffers (rotary frequencies) are in no state dict: they are right from here on and must be kept through any ``to_empty``.
+    Raises ``ModelError`` where transformers cannot build the configuration.
     """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=MASTER_DTYPE[precision], attn_implementation=attention_implementation(config), trust_remote_code=False
-        )
+    dtype, attention = MASTER_DTYPE[precision], attention_implementation(config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"transformers cannot build this {config.model_type}: {error}", where="model.config") from error
     # Building on meta gave each tied parameter an object of its own.
     model.tie_weights()  # type: ignore[no-untyped-call]
     buffers = dict(model.named_buffers())
@@ -222,11 +228,15 @@ def _check_sizes(config: PretrainedConfig, where: str) -> None:
         size = getattr(config, key, None)
         if size is not None and (not isinstance(size, int) or size < 1):
             raise ModelError(f"{key} is {size!r}; it must be a whole number from 1", where=where)
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        near = difflib.get_close_matches(str(activation), ACT2FN, n=1)
+        raise ModelError(f"hidden_act '{activation}' is unknown", where=where, hint=f"did you mean {near[0]}?" if near else "")
     hidden, heads = config.hidden_size, config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None)
     experts, chosen = getattr(config, "num_local_experts", None), getattr(config, "num_experts_per_tok", None)
-    if head_dim is None and hidden % heads:
+    if head_dim in (None, hidden // heads) and hidden % heads:
         message = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
     elif heads % groups:
         message = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"

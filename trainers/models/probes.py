@@ -1,33 +1,30 @@
 """The probes that a family must pass before outgrow trains it, on a small model of it with every feature switched on.
 
-Each asks one question about the installed transformers and torch: does packing leak, is every parameter born by the family's own
-rules, do weights come back from a folder, does sharding change the loss, does an exported model compute what was trained.
+Each asks one question about the installed transformers and torch: does packing leak, is every parameter born by the family's
+own rules, do weights come back from a folder, does sharding change the loss, does an exported model compute what was trained.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers.models import WordLevel  # type: ignore[import-untyped]
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from outgrow.recipes.schema.training import Precision
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.export import export
-from outgrow.trainers.models import sharded_probe
 from outgrow.trainers.models.build import meta_model
-from outgrow.trainers.models.experts import mixtures
 from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.initialise import SeededWeights, module_seed
 from outgrow.trainers.models.masks import attention_inputs
+from outgrow.trainers.models.sharded_probe import measure, measure_on_two_ranks
 from outgrow.trainers.models.tiny import VOCABULARY
 from outgrow.trainers.models.weights import FolderWeights, tied_names
 from outgrow.trainers.regions import Region, TensorSource, fill
@@ -99,12 +96,14 @@ class HeldTensors:
 def attention(config: PretrainedConfig, folder: Path) -> str:
     """The attention that is used computes what transformers' plain one does, soft caps included."""
     model = lively(config, "fp64")
+    plain: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager"
+    )
+    plain.load_state_dict(model.state_dict())
     ids = _token_ids(2, 24)
     with torch.no_grad():
-        used = model(input_ids=ids, use_cache=False).logits
-        model.set_attn_implementation("eager")
-        plain = model(input_ids=ids, use_cache=False).logits
-    return f"{attention_implementation(config)}, {_within(used, plain, 1e-4)}"
+        difference = _within(model(input_ids=ids, use_cache=False).logits, plain(input_ids=ids, use_cache=False).logits, 1e-4)
+    return f"{attention_implementation(config)}, {difference}"
 
 
 def packing(config: PretrainedConfig, folder: Path) -> str:
@@ -153,32 +152,12 @@ def load(config: PretrainedConfig, folder: Path) -> str:
 
 def sharding(config: PretrainedConfig, folder: Path) -> str:
     """FSDP2 on two processes has the loss and gradient norm of one process without it."""
-    expected = sharded_probe.measure(config, world=1, rank=0)
-    config.save_pretrained(folder)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", sharded_probe.__name__, str(folder), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        ended = [(*process.communicate(timeout=300), process.returncode) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for _, errors, code in ended:
-        if code:
-            raise ProbeFailure(errors.decode(errors="replace").strip().rpartition("\n")[2])
-    found = json.loads(ended[0][0])
+    expected = measure(config, world=1, rank=0)
+    found = measure_on_two_ranks({config.model_type: config}, folder)[config.model_type]
     for figure, value in expected.items():
         if abs(found[figure] - value) > 1e-6 * abs(value):
             raise ProbeFailure(f"{figure} is {found[figure]:.9g} on two ranks, {value:.9g} on one")
-    experts = (
-        f", {len(mixtures(meta_model(config, 'fp32')))} mixtures of experts" if mixtures(meta_model(config, "fp32")) else ""
-    )
-    return f"loss {expected['loss']:.4f}, gradient norm {expected['grad_norm']:.4f}{experts}"
+    return f"loss {found['loss']:.6f}, gradient norm {found['grad_norm']:.6f}"
 
 
 def exporting(config: PretrainedConfig, folder: Path) -> str:
@@ -200,7 +179,9 @@ def exporting(config: PretrainedConfig, folder: Path) -> str:
         step=0,
         checkpoint_digest="",
     )
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "out", local_files_only=True, dtype=torch.float32)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder / "out", local_files_only=True, dtype=torch.float32, attn_implementation=attention_implementation(config)
+    )
     ids = _token_ids(2, 24)
     with torch.no_grad():
         return _within(loaded(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits, 1e-5)
@@ -217,7 +198,7 @@ PROBES: Mapping[str, Callable[[PretrainedConfig, Path], str]] = {
 
 
 def _initialised_by_transformers(config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """The parameters of ``from_config``, drawn again by its own walk (children first), each module from the seed of its name."""
+    """The parameters of ``from_config``, drawn again in its own order (children first), each module from its name's seed."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     aliases = set(tied_names(model))
 

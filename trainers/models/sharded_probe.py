@@ -1,15 +1,17 @@
-"""One step of a small model by an engine, on one rank or as one rank of two: loss and gradient norm must not differ.
+"""One step of small models by an engine, on one rank and on two: loss and gradient norm must not differ.
 
     python -m outgrow.trainers.models.sharded_probe FOLDER RANK
 
-is one of two ranks: it reads the configuration in FOLDER, meets the other there, and prints the figures as JSON. Each rank's
-row repeats one token, so that the ranks' tokens choose different experts where there are any.
+is one of two ranks: it reads the configurations in FOLDER's folders, meets the other rank through a file there, and prints the
+figures as JSON. Each rank's row repeats one token, so that the ranks' tokens choose different experts where there are any.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,12 +19,14 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from outgrow.contracts import Batch, Layout
+from outgrow.errors import TrainingError
 from outgrow.recipes.schema import Recipe
 from outgrow.trainers.engines import make_engine
 from outgrow.trainers.models.build import checked_config, folder_config, meta_model
 from outgrow.trainers.models.initialise import SeededWeights
 
 _LENGTH = 16
+_LIMIT_S = 300
 _TOKENS = (3, 7)
 
 
@@ -42,6 +46,34 @@ def measure(config: PretrainedConfig, *, world: int, rank: int) -> dict[str, flo
     engine.accumulate(_rows(_TOKENS[rank::world]), global_weight=len(_TOKENS) * _LENGTH)
     sums = engine.finish()
     return {"loss": float(engine.reduce_sum(sums.loss)), "grad_norm": float(sums.grad_norm)}
+
+
+def measure_on_two_ranks(configs: Mapping[str, PretrainedConfig], folder: Path) -> dict[str, dict[str, float]]:
+    """``measure`` of each configuration by two processes that this starts and ends; ``folder`` is empty before.
+
+    Raises ``TrainingError`` with the last line of what a rank said when it failed.
+    """
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, str(folder), str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        ended = [(*process.communicate(timeout=_LIMIT_S), process.returncode) for process in ranks]
+    except subprocess.TimeoutExpired as error:
+        raise TrainingError(f"two ranks had not finished one step of each model after {_LIMIT_S} s") from error
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    for _, errors, code in ended:
+        if code:
+            raise TrainingError(errors.decode(errors="replace").strip().rpartition("\n")[2])
+    figures: dict[str, dict[str, float]] = json.loads(ended[0][0])
+    return figures
 
 
 def _rows(tokens: tuple[int, ...]) -> Batch:
@@ -80,7 +112,11 @@ def _as_rank(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        figures = measure(checked_config(folder_config(folder), str(folder)), world=2, rank=rank)
+        figures = {
+            path.name: measure(checked_config(folder_config(path), str(path)), world=2, rank=rank)
+            for path in sorted(folder.iterdir())
+            if path.is_dir()
+        }
     finally:
         dist.destroy_process_group()
     print(json.dumps(figures))

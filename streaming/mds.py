@@ -1,0 +1,215 @@
+"""Reads MDS folders: any that MosaicML's ``MDSWriter`` wrote, ours and foreign ones, through mapped memory and without a copy.
+
+A folder is not trusted. Names that lead elsewhere, links, pickle columns and counts that cannot be are refused; a shard is checked
+against its digest once, before its first sample is used; and every offset is checked against the shard before it is followed.
+The format: a shard is uint32 count, uint32 offsets [count + 1], a JSON header, samples; a sample is the uint32 sizes of its
+columns of variable size, then all columns in the order of their names.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import hashlib
+import mmap
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from outgrow.errors import DataError, IntegrityError
+from outgrow.streaming.mds_index import INDEX, File, Shard, read_index
+
+Array: TypeAlias = npt.NDArray[Any]
+Int64: TypeAlias = npt.NDArray[np.int64]
+
+_VALUE_TYPES = {
+    8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
+    64: "uint64", 65: "int64", 66: "float64",
+}  # fmt: skip
+"""Element types that an ``ndarray`` may name in its first byte."""
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    """A mapped and checked shard: where each column of each sample starts and stops, int64 [samples] each."""
+
+    data: memoryview
+    starts: Mapping[str, Int64]
+    stops: Mapping[str, Int64]
+
+
+class MdsFolder:
+    """The samples of one MDS folder, numbered over its shards in the order of ``index.json``.
+
+    ``digests`` is sha256 by file name and must name every file that is read; where it is None (a folder that another program
+    wrote) the hashes that the index itself declares are checked. At most ``open_shards`` shards stay mapped; a compressed shard
+    is unpacked into an unnamed temporary file of the size that the index declares.
+
+    Raises ``DataError`` for an index that is missing, malformed or hostile, ``IntegrityError`` for bytes that differ.
+    """
+
+    def __init__(self, folder: Path, digests: Mapping[str, str] | None = None, *, open_shards: int = 8) -> None:
+        self.folder = folder
+        self._digests = digests
+        self._shards = read_index(folder, None if digests is None else digests[INDEX])
+        self._ends: list[int] = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64).tolist()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open_shards = open_shards
+        self._verified: dict[int, tuple[int, ...]] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """MDS encoding by column name, of the first shard; empty where there is none."""
+        return {column.name: column.encoding for shard in self._shards[:1] for column in shard.columns.values()}
+
+    def column(self, sample: int, name: str) -> Any:
+        """One column of one sample: an array for ``ndarray``, ``str`` or ``bytes``; other encodings are not read.
+
+        An array is a read-only view into the shard and keeps it mapped.
+        """
+        number = bisect.bisect_right(self._ends, sample)
+        shard = self._shards[number]
+        opened = self._opened(number)
+        row = sample - (self._ends[number] - shard.samples)
+        try:
+            return decode(shard.columns[name].encoding, opened.data[opened.starts[name][row] : opened.stops[name][row]])
+        except (ValueError, KeyError, IndexError) as error:
+            where = str(self.folder / shard.raw.name)
+            raise DataError(f"column '{name}' of sample {row} cannot be read: {error}", where=where) from None
+
+    def sample(self, sample: int) -> dict[str, Any]:
+        """All columns of one sample."""
+        return {name: self.column(sample, name) for name in self.encodings}
+
+    def _opened(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self._shards[number]
+        opened = _locate_columns(self._map(number, shard), shard, str(self.folder / shard.raw.name))
+        self._open[number] = opened
+        if len(self._open) > self._open_shards:
+            self._open.popitem(last=False)
+        return opened
+
+    def _map(self, number: int, shard: Shard) -> memoryview:
+        """The uncompressed bytes of a shard, checked; hashing is skipped where the very same file was checked before."""
+        # A foreign folder may keep both files; what outgrow wrote has the compressed one alone.
+        packed = shard.zipped is not None and (self._digests is not None or not (self.folder / shard.raw.name).exists())
+        file = shard.zipped if shard.zipped is not None and packed else shard.raw
+        path = self.folder / file.name
+        data, identity = _map_file(path, file)
+        if self._verified.get(number) != identity:
+            _check(data, path, file.hashes if self._digests is None else {"sha256": self._digests.get(file.name, "")})
+            self._verified[number] = identity
+        return _unpack(data, shard.raw.num_bytes, path) if packed else data
+
+
+def decode(encoding: str, data: memoryview) -> Any:
+    """A column's value. Raises ``ValueError`` or ``IndexError`` where ``data`` is none of its encoding."""
+    if encoding == "bytes":
+        return bytes(data)
+    if encoding == "str":
+        return str(data, "utf-8")
+    kind, *details = encoding.split(":")
+    if kind != "ndarray":
+        raise ValueError(f"its encoding is '{encoding}'; read are: ndarray, bytes, str")
+    at = 0
+    if details:
+        dtype = np.dtype(details[0])
+    else:
+        dtype, at = np.dtype(_VALUE_TYPES[data[0]]), 1
+    if len(details) > 1:
+        shape = tuple(int(length) for length in details[1].split(","))
+    else:
+        dims, width = data[at] >> 2, 1 << data[at] % 4  # one byte: how many dimensions, and log2 of the bytes of each
+        shape = tuple(np.frombuffer(data, f"<u{width}", dims, at + 1).tolist())
+        at += 1 + dims * width
+    return np.frombuffer(data, dtype, offset=at).reshape(shape)
+
+
+def _map_file(path: Path, file: File) -> tuple[memoryview, tuple[int, ...]]:
+    """The mapped bytes of a plain file, and what tells whether it is still the same file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise IntegrityError("the shard is missing", where=str(path)) from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise DataError("a shard may not be a link", where=str(path)) from None
+    try:
+        stat = os.fstat(fd)
+        if stat.st_size != file.num_bytes:
+            raise IntegrityError(f"the shard has {stat.st_size:,} bytes, its index says {file.num_bytes:,}", where=str(path))
+        mapped = memoryview(mmap.mmap(fd, file.num_bytes, access=mmap.ACCESS_READ))
+        return mapped, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    finally:
+        os.close(fd)
+
+
+def _check(data: memoryview, path: Path, hashes: Mapping[str, str]) -> None:
+    for algorithm, expected in hashes.items():
+        if algorithm in hashlib.algorithms_guaranteed:
+            found = hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+        else:
+            from outgrow.streaming._mosaic import hash_hex  # heavy, and only some foreign folders need it
+
+            found = hash_hex(algorithm, bytes(data))
+        if found != expected:
+            raise IntegrityError(f"the bytes differ from their {algorithm} digest", where=str(path))
+
+
+def _unpack(data: memoryview, size: int, path: Path) -> memoryview:
+    """The ``size`` bytes of a zstd frame, in an unnamed file that the kernel may write out when memory is short."""
+    with tempfile.TemporaryFile(prefix="outgrow-shard-") as file, zstandard.ZstdDecompressor().stream_reader(data) as reader:
+        left = size
+        try:
+            while left and (piece := reader.read(min(left, 2**20))):
+                file.write(piece)
+                left -= len(piece)
+            if left or reader.read(1):
+                raise IntegrityError(
+                    f"the shard does not unpack to the {size:,} bytes that its index declares", where=str(path)
+                )
+        except zstandard.ZstdError as error:
+            raise IntegrityError(f"the shard is not a zstd frame: {error}", where=str(path)) from None
+        file.flush()
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+
+
+def _locate_columns(data: memoryview, shard: Shard, where: str) -> _OpenShard:
+    """Where the columns of every sample lie, once their sizes are found to fill each sample, and the samples the shard."""
+    flat = np.frombuffer(data, np.uint8)
+    count = int(np.frombuffer(data, "<u4", 1)[0])
+    bounds = np.frombuffer(data, "<u4", shard.samples + 1, 4).astype(np.int64)
+    begins, ends = bounds[:-1], bounds[1:]
+    cursor = begins + 4 * sum(column.size is None for column in shard.columns.values())
+    starts: dict[str, Int64] = {}
+    stops: dict[str, Int64] = {}
+    whole = count == shard.samples and bounds[0] >= 4 * (count + 2) and bounds[-1] <= len(data) and bool(np.all(cursor <= ends))
+    if whole:
+        header = 0
+        for name, column in shard.columns.items():
+            if column.size is None:
+                sizes = flat[begins[:, None] + (header + np.arange(4))].view("<u4")[:, 0].astype(np.int64)
+                header += 4
+            else:
+                sizes = np.full(count, column.size, np.int64)
+            starts[name] = cursor
+            stops[name] = cursor = cursor + sizes
+        whole = bool(np.all(cursor == ends))
+    if not whole:
+        raise DataError("the offsets of the shard contradict its index or its size", where=where)
+    return _OpenShard(data, starts, stops)
