@@ -98,7 +98,10 @@ def _download(storage: Storage, key: str, path: Path, expected: str) -> None:
     if path.is_file() and file_digest(path) == expected:
         return
     for _ in range(_ATTEMPTS):
-        storage.download(key, path)
+        try:
+            storage.download(key, path)
+        except FileNotFoundError:
+            raise IntegrityError("the file is missing", where=f"{storage.root_url}/{key}") from None
         if file_digest(path) == expected:
             return
     path.unlink()

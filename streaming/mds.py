@@ -1,9 +1,9 @@
 """Reads MDS folders: any that MosaicML's ``MDSWriter`` wrote, ours and foreign ones, through mapped memory and without a copy.
 
-A folder is not trusted. Names that lead elsewhere, links, pickle columns and counts that cannot be are refused; a shard is checked
-against its digest once, before its first sample is used; and every offset is checked against the shard before it is followed.
-The format: a shard is uint32 count, uint32 offsets [count + 1], a JSON header, samples; a sample is the uint32 sizes of its
-columns of variable size, then all columns in the order of their names.
+A folder is not trusted. Names that lead elsewhere, links, pickle columns and counts that cannot be are refused; a shard is
+checked against its digest once, before its first sample is used; and every offset is checked against the shard before it is
+followed. The format: a shard is uint32 count, uint32 offsets [count + 1], a JSON header, samples; a sample is the uint32
+sizes of its columns of variable size, then all columns in the order of their names.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class MdsFolder:
         row = sample - (self._ends[number] - shard.samples)
         try:
             return decode(shard.columns[name].encoding, opened.data[opened.starts[name][row] : opened.stops[name][row]])
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, KeyError, IndexError) as error:
             where = str(self.folder / shard.raw.name)
             raise DataError(f"column '{name}' of sample {row} cannot be read: {error}", where=where) from None
 
@@ -117,7 +117,7 @@ class MdsFolder:
 
 
 def decode(encoding: str, data: memoryview) -> Any:
-    """A column's value. Raises ``ValueError`` or ``IndexError`` where ``data`` is none of its encoding."""
+    """A column's value. Raises ``ValueError``, ``TypeError``, ``KeyError`` or ``IndexError`` where ``data`` holds none."""
     if encoding == "bytes":
         return bytes(data)
     if encoding == "str":

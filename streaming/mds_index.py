@@ -1,4 +1,4 @@
-"""``index.json`` of an MDS folder, which may be hostile: its shards, refused unless each is a plain MDS file of that very folder."""
+"""The index of an MDS folder, which may be hostile: each shard is a plain MDS file of that very folder, or it is refused."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from outgrow.contracts import DatasetCard, JobSpec, Layout, RunRef
-from outgrow.streaming._mosaic import DocumentWriter
 from outgrow.streaming.manifest import commit
 from outgrow.streaming.rows import build_index, index_fingerprint
 
@@ -36,6 +35,8 @@ def documents(seed: int, count: int, *, longest: int = 60, weighted: bool = Fals
 
 
 def write_store(folder: Path, streams: Streams, *, compression: Any = "none", shard_bytes: int = 2000) -> None:
+    from outgrow.streaming._mosaic import DocumentWriter  # heavy, and processes that only read do not need it
+
     for name, splits in streams.items():
         for split, docs in zip(("train", "validation"), splits, strict=True):
             out = folder / "streams" / name / split

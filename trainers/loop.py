@@ -7,13 +7,14 @@ validation, and before a checkpoint, which is never made of weights that a non-f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 
-from outgrow.contracts import Context, JobSpec, Layout, Loader, WorkerResult
+from outgrow.contracts import Context, JobSpec, Layout, Loader, StepRows, WorkerResult
 from outgrow.errors import TrainingError
 from outgrow.recipes.layout import resolve, total_steps
 from outgrow.recipes.schema import Recipe
@@ -42,11 +43,11 @@ class _Run:
     job: JobSpec
     recipe: Recipe
     rank: int
-    layout: Layout
     steps: int
     storage: Storage
     engine: Engine
     loader: Loader
+    validation: Iterable[tuple[str, StepRows]]
     saves: Saves
     records: Records
     progress: Progress
@@ -61,7 +62,7 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
     finite and for a last checkpoint that cannot be written; what the parts raise (``UserError``, ``IntegrityError``)
     passes through.
     """
-    from outgrow.streaming.loader import build_loader
+    from outgrow.streaming.loader import build_loader, build_validation
 
     recipe = Recipe.model_validate(job.recipe)
     storage = Site.model_validate(job.site).open_storage()
@@ -84,11 +85,11 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
                 job=job,
                 recipe=recipe,
                 rank=context.rank,
-                layout=layout,
                 steps=steps,
                 storage=storage,
                 engine=started.engine,
                 loader=loader,
+                validation=build_validation(job, layout, context.rank) if job.card.validation_rows else (),
                 saves=saves,
                 records=records,
                 progress=started.progress,
@@ -142,6 +143,7 @@ def _read(run: _Run, sums: StepSums) -> tuple[float, float]:
     if bad_step is None and math.isfinite(loss):
         run.progress.train_loss = loss
         return loss, grad_norm
+    run.saves.wait()
     saved = newest(run.storage, run.job.run.folder)
     raise TrainingError(
         f"the loss or the gradient of step {bad_step or run.progress.step} is not finite; nothing was saved from there on",
@@ -155,11 +157,7 @@ def _read(run: _Run, sums: StepSums) -> tuple[float, float]:
 
 def _validate(run: _Run) -> float | None:
     """The loss on the held-out rows; None where there are none."""
-    from outgrow.streaming.loader import build_validation
-
-    if not run.job.card.validation_rows:
-        return None
-    found = validate(run.engine, build_validation(run.job, run.layout, run.rank))
+    found = validate(run.engine, run.validation)
     if found is None:
         return None
     run.progress.validation_loss = found.total

@@ -44,6 +44,10 @@ class Saves:
                 hint="make room or mend the storage; the same command then goes on from the checkpoint before",
             )
 
+    def wait(self) -> None:
+        """Returns when no save is in flight on this rank."""
+        self._checkpointer.wait()
+
     def results(self) -> list[SaveResult]:
         """The saves that ended since this was asked last."""
         ended, self._ended = self._ended + self._checkpointer.results(), []

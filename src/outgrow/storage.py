@@ -21,9 +21,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from outgrow.errors import IntegrityError, UserError
 
-CHUNK_BYTES = 64 * 1024 * 1024
-"""Bytes that one digest of a manifest covers."""
-
 
 class Storage:
     """A root folder or bucket prefix. All ``key`` arguments are relative to it; ``..`` and absolute keys are refused."""

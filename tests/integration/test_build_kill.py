@@ -1,4 +1,4 @@
-"""A build that is killed: no dataset is visible, its processes end, and the next build starts clean and gives the same bytes."""
+"""A build that is killed: no dataset is visible, its processes end, and the next one starts clean and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ import psutil
 import pytest
 from text_recipes import make_recipe, make_site, text, text_stream
 
+from outgrow.errors import DataError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import tree_digests
 from outgrow.streaming.build import build, find
+from outgrow.streaming.store import Progress
 
 _SCRIPT = """
 import json, sys
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
+from outgrow.streaming import build as builder
 from outgrow.streaming.build import build
+from outgrow.streaming.sources import text
+
+builder.UNIT_BYTES = text.UNIT_BYTES = 20_000  # many units from little text
 
 if __name__ == "__main__":
     recipe, site = json.load(open(sys.argv[1]))
@@ -35,11 +41,11 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
-    """A recipe and the folder of its 5 MB of text: some seconds of work for two processes."""
+    """A recipe and the folder of its 1 MB of text, 50 units for two processes."""
     root = tmp_path_factory.mktemp("kill")
     folder = root / "prose"
     folder.mkdir()
-    paragraph = text(1, 2000)
+    paragraph = text(1, 400)
     for number in range(50):
         (folder / f"{number:03}.txt").write_text(text(number, 100) + paragraph * 6)
     tokenizer = {"kind": "train", "vocab_size": 320, "sample_bytes": 50_000}
@@ -93,15 +99,21 @@ def test_kill_9_of_a_build_leaves_nothing_and_the_next_one_starts_clean(tmp_path
     )
 
 
-def test_kill_9_of_one_of_its_processes_ends_the_build_with_a_reason(tmp_path: Path, work: tuple[Recipe, Path]) -> None:
+def test_kill_9_of_one_of_its_processes_ends_the_build_with_a_reason(
+    tmp_path: Path, work: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, folder = work
+    monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 20_000)
+    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 20_000)
     site = make_site(tmp_path, build_processes=2, prose=folder)
-    (tmp_path / "build.py").write_text(_SCRIPT)
-    with started(tmp_path, recipe, site) as process:
-        list(until(process, "tokens"))
-        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-        os.kill(workers[0].pid, signal.SIGKILL)
-        assert process.wait(60) == 1
+
+    def kill_a_process(progress: Progress) -> None:
+        if progress.stage == "tokens":
+            workers = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a process of the build was killed"):
+        build(recipe, site, progress=kill_a_process)
     assert list(Path(site.open_storage().path("datasets")).iterdir()) == []
 
 

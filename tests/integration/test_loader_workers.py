@@ -126,8 +126,8 @@ def train_forever(path: str) -> None:
 def test_workers_end_and_leave_no_shared_memory_when_their_rank_is_killed(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text(json.dumps(dataset.job(workers=1).to_dict()))
     shared_memory = set(os.listdir("/dev/shm"))
-    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import train_forever; train_forever({str(tmp_path / 'job.json')!r})"
-    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent)
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import train_forever; train_forever(sys.argv[1])"
+    rank = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.json")], stdout=subprocess.PIPE)
     assert rank.stdout is not None
     worker = psutil.Process(int(rank.stdout.readline()))
     left = set(os.listdir("/dev/shm")) - shared_memory
@@ -147,8 +147,8 @@ def _read_in_a_thread(job: JobSpec, connection: object) -> None:
 
 
 def test_workers_start_from_a_thread_of_a_daemonic_process(dataset: Dataset) -> None:
-    """As under Ray Train, which runs the training function in a thread, and under launchers that mark their ranks as daemons."""
-    context = multiprocessing.get_context("fork")
+    """As under Ray Train, which trains in a thread, and under launchers that mark their ranks as daemons."""
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_read_in_a_thread, args=(dataset.job(workers=1), theirs), daemon=True)
     process.start()

@@ -35,7 +35,7 @@ FILES = [
     "rank-00001.safetensors",
     "recipe.json",
 ]
-CHUNK = 1000
+CHUNK = 100
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ optimizer: {learning_rate: 1e-3}
 """
 
 
-TEXT = st.text(st.characters(max_codepoint=0xFFFF))
+TEXT = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))
 """json.dumps writes what lies beyond as two surrogates, which YAML does not put together."""
 
 
@@ -93,13 +93,13 @@ def test_scalars(text: str, value: Any) -> None:
         max_leaves=12,
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_json_is_read_as_itself(value: Any) -> None:
     assert values(json.dumps(value)) == value
 
 
 @given(st.text(max_size=80))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_text_is_data_or_a_problem_with_a_place(text: str) -> None:
     document, problems = parse(text, "x")
     assert all(problem.where.startswith("x") and problem.message for problem in problems)

@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 PIECES = "pieces.json"
 LOADER = "loader.json"
 RECIPE = "recipe.json"
+CHUNK_BYTES = 4 * 1024 * 1024
+"""Bytes that one digest covers, and so the least that a reader must read and verify for any tensor in it."""
 
 _STEP = re.compile(r"step-(\d{8,})")
 _ASIDE = re.compile(r"\.saving-(\d{8,})-(.+)")

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 
 from outgrow.contracts import CheckpointRef
-from outgrow.storage import CHUNK_BYTES, Storage
+from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.catalog import survey
 from outgrow.trainers.checkpoint.commit import Group, StepState, clear, commit, discard, sweep, wait_for_parts, write_data
-from outgrow.trainers.checkpoint.format import Part, aside_folder, data_file, part_file
+from outgrow.trainers.checkpoint.format import CHUNK_BYTES, Part, aside_folder, data_file, part_file
 from outgrow.trainers.checkpoint.retention import Retention, to_remove
 from outgrow.trainers.checkpoint.snapshot import Snapshot
 

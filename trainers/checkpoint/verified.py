@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from outgrow.errors import IntegrityError
 from outgrow.storage import Storage, digest
 from outgrow.trainers.checkpoint.format import Manifest
 
-KEPT_CHUNKS = 4
-"""Verified chunks kept in memory: neighbouring tensors share a chunk, and neighbours are mostly read one after the other."""
+KEPT_CHUNKS = 64
+"""Verified chunks kept in memory: a tensor that 64 ranks saved lies in 64 files, the next one in the same chunks of them."""
 
 
 class VerifiedFiles:
@@ -20,8 +20,7 @@ class VerifiedFiles:
         self._storage = storage
         self._folder = folder
         self._manifest = manifest
-        self._chunks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
 
     def where(self, file: str) -> str:
         return f"{self._folder}/{file}"
@@ -38,8 +37,7 @@ class VerifiedFiles:
             raise IntegrityError(f"bytes {start} to {stop} of a file of {self.size(file)}", where=self.where(file))
         wanted = bytearray(stop - start)
         length = self._manifest.chunk_bytes
-        for number in range(start // length, -(-stop // length)):
-            chunk = self._chunk(file, number)
+        for number, chunk in self._chunks(file, start // length, -(-stop // length)):
             begin = number * length
             low, high = max(start, begin), min(stop, begin + len(chunk))
             wanted[low - start : high - start] = memoryview(chunk)[low - begin : high - begin]
@@ -48,21 +46,32 @@ class VerifiedFiles:
     def read_all(self, file: str) -> bytearray:
         return self.read(file, 0, self.size(file))
 
-    def _chunk(self, file: str, number: int) -> bytes:
-        with self._lock:
-            chunk = self._chunks.get((file, number))
-            if chunk is None:
-                chunk = self._read_chunk(file, number)
-                self._chunks[file, number] = chunk
-                if len(self._chunks) > KEPT_CHUNKS:
-                    self._chunks.popitem(last=False)
-            self._chunks.move_to_end((file, number))
-            return chunk
+    def _chunks(self, file: str, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+        """Chunks ``first`` to ``last`` (exclusive) with their numbers; neighbours that are not kept come in one request."""
+        number = first
+        while number < last:
+            kept = self._kept.get((file, number))
+            if kept is not None:
+                self._kept.move_to_end((file, number))
+                yield number, kept
+                number += 1
+                continue
+            stop = next((n for n in range(number, last) if (file, n) in self._kept), last)
+            for chunk in self._fetch(file, number, stop):
+                self._kept[file, number] = chunk
+                if len(self._kept) > KEPT_CHUNKS:
+                    self._kept.popitem(last=False)
+                yield number, chunk
+                number += 1
 
-    def _read_chunk(self, file: str, number: int) -> bytes:
+    def _fetch(self, file: str, first: int, last: int) -> Iterator[bytes]:
+        """Chunks ``first`` to ``last`` (exclusive) from the storage, each verified."""
         entry, length = self._manifest.files[file], self._manifest.chunk_bytes
-        start, stop = number * length, min((number + 1) * length, entry.size)
-        chunk = self._storage.read_range(self.where(file), start, stop)
-        if len(chunk) != stop - start or digest(chunk) != entry.chunks[number]:
-            raise IntegrityError(f"bytes {start} to {stop} differ from their digest", where=self.where(file))
-        return chunk
+        base = first * length
+        data = self._storage.read_range(self.where(file), base, min(last * length, entry.size))
+        for number in range(first, last):
+            start, stop = number * length, min((number + 1) * length, entry.size)
+            chunk = data[start - base : stop - base]
+            if len(chunk) != stop - start or digest(chunk) != entry.chunks[number]:
+                raise IntegrityError(f"bytes {start} to {stop} differ from their digest", where=self.where(file))
+            yield chunk

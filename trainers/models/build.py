@@ -11,15 +11,16 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from outgrow.contracts import DatasetCard, ModelFacts
+from outgrow.contracts import ModelFacts
 from outgrow.errors import ModelError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.data import FolderTokenizer, Tokenizer
@@ -53,7 +54,16 @@ _SIZES = (
 _OLDER_ROTARY_KEYS = {"rope_theta", "rope_scaling"}
 
 
-def config_for(recipe: Recipe, site: Site, card: DatasetCard | None = None) -> PretrainedConfig:
+class Vocabulary(Protocol):
+    """What a model is told of the dataset's tokenizer: a ``DatasetCard`` says it, and so does a token store."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_id(self) -> int: ...
+
+
+def config_for(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> PretrainedConfig:
     """The configuration of the recipe's model; without a card, before the data are built, with the vocabulary asked for.
 
     Raises ``ModelError``: unknown family or key, a value that cannot work, sequences longer than the model's positions, a
@@ -95,7 +105,7 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     """
     dtype, attention = MASTER_DTYPE[precision], attention_implementation(config)
     try:
-        with init_empty_weights(include_buffers=False):
+        with _EmptyOnMeta(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
@@ -115,7 +125,18 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     return model
 
 
-def facts(recipe: Recipe, site: Site, card: DatasetCard | None = None) -> ModelFacts:
+class _EmptyOnMeta(TorchFunctionMode):
+    """``torch.empty`` gives a meta tensor.
+
+    ``init_empty_weights`` moves a parameter to meta after it was made; under deterministic algorithms torch fills every empty
+    tensor, so that each parameter would be in memory, and written, once.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFacts:
     """What planning needs to know of the recipe's model; allocates none of its parameters.
 
     Raises ``ModelError`` as ``config_for`` does, and for a family that has not passed ``outgrow model check`` on this machine.

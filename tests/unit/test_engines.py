@@ -1,0 +1,147 @@
+"""What engines promise beyond equal losses: names that never change, resume that is bit-equal, zeros where no token came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_cases import LENGTH, STEPS, Case, born_engine, parameters_digest, rows_of_steps, trained_steps
+from packed import batch
+from torch import nn
+
+from outgrow.recipes.schema.training import AdamW
+from outgrow.trainers.engines.adamw import NamedAdamW
+from outgrow.trainers.regions import Region, local_part
+
+
+class Kept:
+    """Tensors that were copied aside, as a ``TensorSource``."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        self._tensors = {prefix + name: local_part(tensor)[0].clone() for name, tensor in tensors.items()}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        return self._tensors[name][region.slices]
+
+
+@pytest.fixture
+def no_group_left() -> Iterator[None]:
+    """FSDP2 on one rank makes a process group of its own, which lasts as long as the process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"parallel": {"kind": "fsdp2"}}], ids=["plain", "fsdp2 alone"])
+def test_going_on_from_kept_tensors_is_bit_equal_to_going_straight_through(precision: str, settings: dict[str, object]) -> None:
+    case = Case(engine="fsdp2" if settings else "plain", precision=precision, micro_rows=3, settings=settings)
+    rows, halt = rows_of_steps(), 7
+    engine = born_engine(case)
+    list(trained_steps(engine, case, 0, rows[:halt]))
+    kept = Kept(engine.tensors())
+    straight = list(trained_steps(engine, case, 0, rows[halt:], first=halt))
+    resumed = born_engine(case)
+    resumed.load(kept)
+    assert list(trained_steps(resumed, case, 0, rows[halt:], first=halt)) == straight
+    assert parameters_digest(resumed) == parameters_digest(engine)
+    assert len(straight) == STEPS - halt
+
+
+def test_weights_alone_leave_the_optimizer_new() -> None:
+    case = Case(precision="fp32")
+    engine = born_engine(case)
+    list(trained_steps(engine, case, 0, rows_of_steps()[:3]))
+    fresh = born_engine(case)
+    fresh.load_model(
+        Kept({n.removeprefix("model/"): t for n, t in engine.tensors().items() if n.startswith("model/")}, "w/"), "w/"
+    )
+    assert parameters_digest(fresh) == parameters_digest(engine)
+    assert not any(tensor.any() for name, tensor in fresh.tensors().items() if name.startswith("optim/"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_names_shapes_and_types_of_tensors_never_change(family: str) -> None:
+    case = Case(family=family, precision="bf16")
+    engine = born_engine(case)
+
+    def described() -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in engine.tensors().items()}
+
+    at_first = described()
+    list(trained_steps(engine, case, 0, rows_of_steps()[:2]))
+    assert described() == at_first
+    assert {dtype for _, dtype in at_first.values()} == {torch.float32}
+    parameters = [name.removeprefix("model/") for name in at_first if name.startswith("model/")]
+    states = {f"optim/{name}/{state}" for name in parameters for state in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(at_first) == states | {f"model/{name}" for name in parameters}
+    assert ("lm_head.weight" in parameters) == (family != "gemma2"), "tied parameters stand once"
+
+
+def test_checkpoint_tensors_are_views_of_what_is_trained() -> None:
+    case = Case(precision="bf16")
+    engine = born_engine(case)
+    tensors = engine.tensors()
+    list(trained_steps(engine, case, 0, rows_of_steps()[:1]))
+    assert all(torch.equal(tensor, engine.tensors()[name]) for name, tensor in tensors.items())
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+def test_a_rank_without_rows_adds_nothing() -> None:
+    case = Case()
+    engine = born_engine(case)
+    engine.accumulate(batch([], LENGTH), 10.0)
+    sums = engine.finish()
+    assert (sums.loss.item(), sums.grad_norm.item()) == (0.0, 0.0)
+
+
+def test_evaluation_changes_nothing() -> None:
+    case = Case(precision="bf16")
+    watched, alone = born_engine(case), born_engine(case)
+    rows = rows_of_steps()[:4]
+    for step in range(len(rows)):
+        watched.evaluate(batch(rows[-1], LENGTH))
+        seen = list(trained_steps(watched, case, 0, rows[step : step + 1], first=step))
+        assert seen == list(trained_steps(alone, case, 0, rows[step : step + 1], first=step))
+
+
+def test_a_parameter_without_gradient_is_updated_as_if_it_were_zero() -> None:
+    def parameters() -> dict[str, nn.Parameter]:
+        return {"met": nn.Parameter(torch.ones(2, 2)), "unmet": nn.Parameter(torch.ones(2, 2))}
+
+    left_out, zeroed = parameters(), parameters()
+    settings = AdamW(learning_rate=0.1, weight_decay=0.5)
+    for named in (left_out, zeroed):
+        optimizer = NamedAdamW(named, settings)
+        for step in range(3):
+            named["met"].grad = torch.full((2, 2), 0.1)
+            if named is zeroed or step == 0:
+                named["unmet"].grad = torch.full((2, 2), 0.0 if step else 0.2)
+            optimizer.step(0.1, optimizer.squared_norm().sqrt())
+    assert torch.equal(left_out["unmet"], zeroed["unmet"])
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
+def test_clipping_is_that_of_torch(clip_norm: float) -> None:
+    gradients = [torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, -4.0])]
+    ours = {str(i): nn.Parameter(torch.zeros_like(g)) for i, g in enumerate(gradients)}
+    theirs = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip([*ours.values(), *theirs], gradients * 2, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer = NamedAdamW(ours, AdamW(learning_rate=1.0, betas=(0.9, 0.95), clip_norm=clip_norm, weight_decay=0))
+    norm = optimizer.squared_norm().sqrt()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, clip_norm or float("inf"))
+    torch.testing.assert_close(norm, expected)
+    optimizer.step(0.0, norm)
+    for name, parameter in zip(ours, theirs, strict=True):
+        moment = optimizer.tensors()[f"optim/{name}/exp_avg"]
+        torch.testing.assert_close(moment, parameter.grad * 0.1)
