@@ -2,9 +2,10 @@
 
     python benchmarks/loader_rate.py --rounds 5
 
-A store of random documents (lengths exponential, 600 tokens in the mean) in shards of 16 MB, rows of 2,048 tokens, 16 rows a step.
-Each round reads ``--steps`` steps as fast as it can, after the first: by 0, 1 and 2 loader workers. Then one worker reads for a
-rank that multiplies matrices with all cores for about ``--step-s`` seconds a step, and the time inside ``next(loader)`` is taken.
+A store of random documents (lengths exponential, 600 tokens in the mean) in shards of 16 MB, rows of 2,048 tokens, 16 rows a
+step. Each round reads ``--steps`` steps as fast as it can, after the first: by 0, 1 and 2 loader workers. Then one worker
+reads for a rank that multiplies matrices with all cores for about ``--step-s`` seconds a step, and the time inside
+``next(loader)`` is taken.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -38,8 +40,9 @@ def make(root: Path, num_tokens: int) -> Dataset:
     return make_dataset(root, {"text": (documents, [])}, sequence_length=LENGTH, window_shards=16, shard_bytes=16 * 2**20)
 
 
-def rate(dataset: Dataset, workers: int, steps: int) -> float:
-    """Tokens a second after the first step, which waits for the workers to start."""
+def rate(dataset: Dataset, workers: int, steps: int) -> tuple[float, float, float]:
+    """Tokens a second after the first step, which waits for the workers to start; and CPU seconds of rank and workers."""
+    before = cpu_seconds()
     loader = build_loader(dataset.job(rows=ROWS, workers=workers), layout(1, ROWS, ROWS), 0, start_step=0, stop_step=steps)
     iterator = iter(loader)
     next(iterator)
@@ -48,7 +51,14 @@ def rate(dataset: Dataset, workers: int, steps: int) -> float:
         pass
     seconds = time.perf_counter() - start
     loader.close()
-    return (steps - 1) * ROWS * LENGTH / seconds
+    rank, children = (after - own for after, own in zip(cpu_seconds(), before, strict=True))
+    return (steps - 1) * ROWS * LENGTH / seconds, rank, children
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return usages[0].ru_utime + usages[0].ru_stime, usages[1].ru_utime + usages[1].ru_stime
 
 
 def waits(dataset: Dataset, steps: int, step_s: float) -> list[tuple[float, float]]:
@@ -81,17 +91,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         dataset = make(Path(folder), options.mtokens * 1_000_000)
-        rates: dict[int, list[float]] = {0: [], 1: [], 2: []}
+        rates: dict[int, list[tuple[float, float, float]]] = {0: [], 1: [], 2: []}
         for _ in range(options.rounds):
             for workers, values in rates.items():
                 values.append(rate(dataset, workers, options.steps))
         seen = waits(dataset, 41, options.step_s)
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}")
     print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f}, {options.rounds} rounds")
-    for workers, values in rates.items():
+    tokens = options.steps * ROWS * LENGTH
+    for workers, rounds in rates.items():
+        values, rank, children = ([entry[column] / 1e6 for entry in rounds] for column in range(3))
         print(
-            f"{workers} workers: median {statistics.median(values) / 1e6:.1f} M tokens/s "
-            f"(range {min(values) / 1e6:.1f} to {max(values) / 1e6:.1f})"
+            f"{workers} workers: median {statistics.median(values):.1f} M tokens/s (range {min(values):.1f} to {max(values):.1f}); "
+            f"CPU us a 1,000 tokens: rank {statistics.median(rank) * 1e15 / tokens:.0f}, "
+            f"workers {statistics.median(children) * 1e15 / tokens:.0f}"
         )
     wait, compute = (statistics.median(column) for column in zip(*seen, strict=True))
     print(f"wait: median {wait * 1e3:.2f} ms of a step of {compute:.2f} s ({100 * wait / compute:.2f} %)")

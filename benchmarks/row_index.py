@@ -2,8 +2,8 @@
 
     python benchmarks/row_index.py --documents 1000000 --rounds 5
 
-Making an index reads ``documents.safetensors`` (checked), shuffles within windows, cuts, and commits (digests, fsync). The store
-here has that file and its manifest alone: a row index reads no token of a document whose loss weights are all 1.
+Making an index reads ``documents.safetensors`` (checked), shuffles within windows, cuts, and commits (digests, fsync). The
+store here has that file and its manifest alone: a row index reads no token of a document whose loss weights are all 1.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def main() -> None:
             rows, seconds = measure(store, Path(folder, "rows"), options.sequence_length)
             rounds.append(seconds)
             shutil.rmtree(Path(folder, "rows"))
-    print(
-        f"{options.documents:,} documents, {tokens:,} tokens, {rows:,} rows of {options.sequence_length}; {options.rounds} rounds"
-    )
+    print(f"{options.documents:,} documents, {tokens:,} tokens, {rows:,} rows of {options.sequence_length:,}")
     print(f"Python {platform.python_version()}, numpy {np.__version__}, load average {os.getloadavg()[0]:.1f}")
+    print(f"{options.rounds} rounds")
     for name, values in zip(("build", "open", "order of an epoch"), zip(*rounds, strict=True), strict=True):
         print(f"{name}: median {statistics.median(values):.2f} s (range {min(values):.2f} to {max(values):.2f})")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py            prints a table in Markdown
 
-Pairs of steps, one of each, in turns within one process, so that a noisy machine slows both; the ratio is the median over pairs.
+Pairs of steps, one of each, in turns within one process, so that a noisy machine slows both; the ratio is the median of pairs.
 What outgrow's loop does in every step besides (seed, schedule, watch over the gradient) is counted on its side. FSDP2 on two
 ranks has one thread each and is set against the bare loop with two threads.
 """

@@ -61,10 +61,17 @@ class RayCluster:
 
 
 def locate(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> Target:
-    """Where a run goes. Raises ``ClusterError`` where a cluster is named and dead, or lets anybody in.
+    """Where a run goes; inside a Ray job always that job's cluster, whatever the site says.
 
-    A run inside a Ray job always goes to that job's cluster, whatever the site says.
+    Raises ``ClusterError`` where the cluster is dead though it was named, lets anybody in, or its token is not here.
     """
+    target = _choose(cluster, environment)
+    if target.address:
+        read_token(cluster.token_file, environment)
+    return target
+
+
+def _choose(cluster: Cluster, environment: Mapping[str, str]) -> Target:
     given = environment.get("RAY_ADDRESS", "")
     if given and ("RAY_JOB_CONFIG_JSON_ENV_VAR" in environment or cluster.address == "auto"):
         return _checked(given, "named by RAY_ADDRESS")

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from outgrow.errors import DataError
-from outgrow.streaming.mds import MdsFolder as MdsFolder
 from outgrow.torchvision import ensure_importable
 
 ensure_importable()

@@ -6,6 +6,7 @@ summary (unigram, bigram, model) are of the same text in the same unit: nats a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Baselines:
 
     def bits_per_byte(self, loss: float) -> float:
         """A loss in nats a token as bits a byte of the text, which does not depend on the tokenizer."""
-        return loss * self.targets / (np.log(2.0) * self.target_bytes)
+        return loss * self.targets / (math.log(2.0) * self.target_bytes)
 
 
 def pairs(batches: Iterable[Batch]) -> Pairs:

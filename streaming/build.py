@@ -7,7 +7,6 @@ sources finds the dataset there. With a remote ``storage`` the dataset is built 
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,15 +66,23 @@ def find(recipe: Recipe, site: Site) -> DatasetCard | None:
 def build(recipe: Recipe, site: Site, *, progress: Report = silent) -> BuildResult:
     """Make the dataset of a recipe, or find it made; ``site`` is bound to the recipe.
 
-    Raises ``DataError``, before a shard is written, where a source or tokenizer is missing or wrong or the disk lacks room.
+    Raises ``DataError``, before a shard is written, where a source or tokenizer is missing or wrong or the disk lacks room, and
+    for whatever the system refuses meanwhile.
     """
+    try:
+        return _build(recipe, site, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"the dataset cannot be built: {reason}", where=error.filename or site.storage) from error
+
+
+def _build(recipe: Recipe, site: Site, progress: Report) -> BuildResult:
     storage = site.open_storage()
     card = _remembered(storage, recipe)
-    if absent := _absent_sources(recipe.data, site):
-        if card is None:
-            raise DataError(f"there is no {', no '.join(absent)}", hint="give their places under sources: in site.yaml")
+    if card is not None and (absent := _absent_sources(recipe.data, site)):
         note = f"{', '.join(absent)} not on this machine; using dataset {card.store}, built from the same data section"
         return BuildResult(card=card, built=False, note=note)
+    progress(Progress(stage="inputs"))
     sources = _open_sources(recipe.data, site)
     identity = _identity(recipe.data, site, sources)
     if card is not None and card.store_fingerprint == identity:
@@ -83,19 +90,21 @@ def build(recipe: Recipe, site: Site, *, progress: Report = silent) -> BuildResu
 
     local = storage if storage.is_local else Storage(site.cache)
     store = f"datasets/{identity[:16]}"
-    try:
-        new_store = _ensure_store(Path(local.path(store)), recipe.data, site, sources, identity, progress)
-        card = _ensure_index(local, store, recipe, progress)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError("the disk is full", where=str(local.path("datasets")), hint="make room and build again") from None
+    new_store = _ensure_store(Path(local.path(store)), recipe.data, site, sources, identity, progress)
+    card = _ensure_index(local, store, recipe, progress)
     if not storage.is_local:
         for key in (card.store, card.index):
             _upload(Path(local.path(key)), storage, key, progress)
     storage.write_json(_pointer(recipe), card.to_dict())
-    what = "built" if new_store else "indexed anew"
-    return BuildResult(card=card, built=True, note=f"{what} dataset {card.store}")
+    return BuildResult(card=card, built=True, note=_note(card, recipe.data, new_store))
+
+
+def _note(card: DatasetCard, data: Data, new_store: bool) -> str:
+    note = f"{'built' if new_store else 'indexed anew'} dataset {card.store}"
+    unvalidated = [stream.name for stream in card.streams if not stream.validation_documents]
+    if data.validation_fraction and unvalidated:
+        note += f"; too few documents to hold one out for validation: {', '.join(unvalidated)}"
+    return note
 
 
 def _open_sources(data: Data, site: Site) -> dict[str, Source]:
@@ -104,12 +113,12 @@ def _open_sources(data: Data, site: Site) -> dict[str, Source]:
 
 
 def _absent_sources(data: Data, site: Site) -> list[str]:
-    """Folders of the recipe's streams and tokenizer that are not on this machine."""
+    """Places of the recipe's streams and tokenizer that are not on this machine."""
     names = [stream.source.path for stream in data.streams if not isinstance(stream.source, CustomSource)]
     if isinstance(data.tokenizer, FolderTokenizer):
         names.append(data.tokenizer.path)
     places = [site.locate(name) for name in names]
-    return [place for place in dict.fromkeys(places) if "://" not in place and not Path(place).exists()]
+    return [place for place in dict.fromkeys(places) if not Path(place).exists()]
 
 
 def _identity(data: Data, site: Site, sources: Mapping[str, Source]) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from outgrow.contracts import DatasetCard
 from outgrow.recipes.schema.site import Site
-from outgrow.streaming._mosaic import MdsFolder
 from outgrow.streaming.fetch import local_dataset
 from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.mds import MdsFolder
 from outgrow.streaming.rows import RowIndex, Span
 from outgrow.streaming.sampler import epoch_order
 from outgrow.streaming.store import MANIFEST, TOKENIZER

@@ -14,6 +14,7 @@ import torch
 
 from outgrow.contracts import Batch, DatasetCard, JobSpec, JsonDict, Layout, Loader, StepRows
 from outgrow.errors import RunError
+from outgrow.recipes.layout import steps_per_epoch
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.fetch import local_dataset
@@ -45,7 +46,8 @@ def build_validation(job: JobSpec, layout: Layout, rank: int) -> Validation:
 
 def loader_state(job: JobSpec, next_step: int) -> JsonDict:
     """What a checkpoint keeps of the data position: enough to go on, and to refuse another dataset, batch or seed."""
-    return {**_identity(job), "step": next_step, "epoch": next_step // _steps_per_epoch(job)}
+    epoch_steps = steps_per_epoch(job.card.rows, Recipe.model_validate(job.recipe))
+    return {**_identity(job), "step": next_step, "epoch": next_step // epoch_steps}
 
 
 def check_state(state: Mapping[str, Any], job: JobSpec) -> int:
@@ -138,10 +140,6 @@ def _index_folder(store: Path, card: DatasetCard) -> Path:
 def _identity(job: JobSpec) -> JsonDict:
     recipe = Recipe.model_validate(job.recipe)
     return {"index_fingerprint": job.card.index_fingerprint, "global_rows": recipe.batch.rows, "seed": recipe.run.seed}
-
-
-def _steps_per_epoch(job: JobSpec) -> int:
-    return -(-job.card.rows // Recipe.model_validate(job.recipe).batch.rows)
 
 
 def _to_step_rows(packed: PackedStep) -> StepRows:

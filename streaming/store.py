@@ -34,7 +34,7 @@ FORMAT = 1
 MANIFEST = "store.json"
 TOKENIZER = "tokenizer"
 
-Stage: TypeAlias = Literal["tokenizer", "tokens", "index", "upload"]
+Stage: TypeAlias = Literal["inputs", "tokenizer", "tokens", "index", "upload"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import signal
 import socket
@@ -89,15 +90,14 @@ class Place:
         storage = Storage(str(self.folder / "storage"))
         return [record for run in storage.names("runs") for record in read_events(storage, f"runs/{run}")]
 
-    def wait_for_step(self, step: int, command: subprocess.Popen[bytes], *, attempts: int = 1) -> None:
-        """Returns once ``step`` is logged and the ranks were started ``attempts`` times, while ``command`` runs."""
+    def wait_for_step(self, step: int, command: subprocess.Popen[bytes], *, starts: int = 1) -> None:
+        """Returns once ``command`` has shown ``step`` after it has shown that the ranks were started ``starts`` times."""
 
         def reached() -> bool:
             assert command.poll() is None, f"ended with exit code {command.returncode}\n{self.log()}"
-            records = self.records()
-            started = {record.attempt for record in records if record.kind == "start"}
-            last = records[-1] if records else None
-            return last is not None and len(started) >= attempts and last.kind != "start" and last.step >= step
+            *before, last = re.split(r"(?:started|resumed) on \d+ rank", self.log())
+            steps = [int(number) for number in re.findall(r"^step (\d+)/", last, re.MULTILINE)]
+            return len(before) >= starts and max(steps, default=0) >= step
 
         wait_for(reached, f"step {step}", self.log)
 
@@ -147,9 +147,9 @@ def tiny_place(folder: Path, *, site: str = SITE, **environment: str) -> Iterato
 def head(place: Place) -> Iterator[str]:
     """A Ray head with token authentication, started as a user does, in ``place``; gives the address of its job server."""
     (place.folder / "token").write_text(secrets.token_hex(32))
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        port, dashboard = one.getsockname()[1], other.getsockname()[1]
-    words = ["--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats"]
+    port, dashboard, agent = free_ports(3)
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    words = ["--head", "--block", *ports, "--num-cpus=2", "--disable-usage-stats"]
     with open(place.folder / "head.log", "wb") as log:
         started = subprocess.Popen(
             [Path(sys.executable).with_name("ray"), "start", *words, "--object-store-memory=100000000"],
@@ -165,6 +165,17 @@ def head(place: Place) -> Iterator[str]:
     yield address
     place.kill_everything()
     started.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens at, outside those that Ray gives to its workers."""
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        while len(found) < count:
+            port = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            if not 10002 <= port <= 19999:
+                found.append(port)
+        return found
 
 
 def _answers(address: str) -> bool:

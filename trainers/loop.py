@@ -140,29 +140,37 @@ def _read(run: _Run, sums: StepSums) -> tuple[float, float]:
     """Loss and gradient norm of the step; waits for the device. Raises ``TrainingError`` once a gradient was not finite."""
     loss, grad_norm = torch.stack([run.engine.reduce_sum(sums.loss), sums.grad_norm]).tolist()
     bad_step = run.watch.first_bad()
-    if bad_step is None and math.isfinite(loss):
-        run.progress.train_loss = loss
-        return loss, grad_norm
-    run.saves.wait()
-    saved = newest(run.storage, run.job.run.folder)
-    raise TrainingError(
-        f"the loss or the gradient of step {bad_step or run.progress.step} is not finite; nothing was saved from there on",
-        where=run.job.run.folder,
-        hint=(
-            f"last committed checkpoint: {f'{saved.folder} (step {saved.step})' if saved else 'none'}; the same command "
-            "would meet the same step: lower optimizer.learning_rate or optimizer.clip_norm and run again with --accept"
-        ),
-    )
+    if bad_step is not None or not math.isfinite(loss):
+        raise _not_finite(run, f"the loss or the gradient of step {bad_step or run.progress.step}")
+    run.progress.train_loss = loss
+    return loss, grad_norm
 
 
 def _validate(run: _Run) -> float | None:
-    """The loss on the held-out rows; None where there are none."""
+    """The loss on the held-out rows; None where there are none. Raises ``TrainingError`` where it is not finite."""
     found = validate(run.engine, run.validation)
     if found is None:
         return None
+    if not math.isfinite(found.total):
+        raise _not_finite(run, f"the validation loss after step {run.progress.step}")
     run.progress.validation_loss = found.total
     run.records.say("validation", run.progress, loss=found.total, detail={"streams": found.streams})
     return found.total
+
+
+def _not_finite(run: _Run, what: str) -> TrainingError:
+    """Equal on all ranks, as what they read is."""
+    run.saves.wait()
+    saved = newest(run.storage, run.job.run.folder)
+    last = f"{saved.folder} (step {saved.step})" if saved else "none"
+    return TrainingError(
+        f"{what} is not finite; nothing was saved from there on",
+        where=run.job.run.folder,
+        hint=(
+            f"last committed checkpoint: {last}; the same command would meet the same step: "
+            "lower optimizer.learning_rate or optimizer.clip_norm and run again with --accept"
+        ),
+    )
 
 
 def _save(run: _Run, validation_loss: float | None, last: bool) -> None:

@@ -33,6 +33,7 @@ class Saves:
 
     def save_last(self, state: StepState) -> None:
         """Save and wait until it is committed. Raises ``TrainingError`` on all ranks where it was not. A collective."""
+        self._checkpointer.wait()  # so that what fails from here on is this save and not the one before
         before = self._checkpointer.failures
         self._checkpointer.save(self._engine.tensors(), state)
         self._checkpointer.wait()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from outgrow.errors import DataError
 from outgrow.recipes.schema.data import MdsSource
+from outgrow.streaming.mds import MdsFolder
 from outgrow.streaming.sources.digests import DigestCache
 from outgrow.streaming.sources.document import Document, Input, Skipped
 from outgrow.streaming.sources.documents import DocumentsUnit, units_of
@@ -18,7 +19,7 @@ from outgrow.streaming.sources.files import InputFiles, find_files
 
 
 class MdsDocuments:
-    """The opened source. Shards are read in this process: their package is too heavy to load in every one."""
+    """The opened source. Shards are read in the parent process, where each is opened and checked once."""
 
     def __init__(self, source: MdsSource, folder: Path, files: InputFiles) -> None:
         self._source = source
@@ -36,8 +37,6 @@ class MdsDocuments:
         return units_of(self._documents())
 
     def _documents(self) -> Iterator[Document | Skipped]:
-        from outgrow.streaming._mosaic import MdsFolder
-
         folder = MdsFolder(self._folder)
         for sample in range(len(folder)):
             source = f"{self._folder.name}#{sample}"
@@ -67,8 +66,6 @@ def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) ->
 
     Raises ``DataError`` where the folder has no index, a hostile one, or no integer column of that name.
     """
-    from outgrow.streaming._mosaic import MdsFolder
-
     files = find_files(stream, root, ("*",), ())
     folder = Path(root).expanduser()
     encodings = MdsFolder(folder).encodings

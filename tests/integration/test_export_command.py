@@ -1,4 +1,4 @@
-"""From a trained run to text, by the commands: ``export`` and ``generate`` on a real dataset and checkpoint; ``model check``."""
+"""From a trained run to text by the commands ``export`` and ``generate``, on a real dataset and checkpoint; ``model check``."""
 
 from __future__ import annotations
 

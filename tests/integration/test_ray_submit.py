@@ -51,7 +51,7 @@ def test_a_command_without_the_token_says_what_it_lacks(place: Place, server: st
     site.write_text(f"schema: 1\ncluster: {{token_file: {tmp_path}/none}}\n")
     for words in (["submit", "recipe.yaml", "--address", server], ["train", "recipe.yaml"]):
         command = place.start(*words, "--site", str(site))
-        assert command.wait(60) == 2
+        assert command.wait(60) == 2, place.log()
         assert f"error: no token in {tmp_path}/none" in place.log()
 
 
@@ -60,7 +60,7 @@ def test_a_job_survives_ctrl_c_is_stopped_as_told_and_resumed_by_the_same_comman
     following = place.start(*words)
     place.wait_for_step(12, following)
     following.send_signal(signal.SIGINT)
-    assert following.wait(30) == 130
+    assert following.wait(60) == 130, place.log()
     said = place.log()
     assert "the job goes on" in said
     job_id = re.search(r"job (raysubmit_\w+) at", said)
@@ -92,7 +92,7 @@ def test_no_token_is_seen_in_jobs_logs_or_runtime_environments(place: Place, ser
 
 def test_train_joins_the_head_and_a_ranks_error_is_the_users_error(place: Place, server: str) -> None:
     """The run's dataset is damaged: the rank that reads it says so, and the command says the same, without a traceback."""
-    damaged = ["run.name=damaged", "data.sequence_length=16"]
+    damaged = ["run.name=damaged", "data.tokenizer.vocab_size=310"]
     place.run("data", "build", "recipe.yaml", *damaged)
     shard = max((place.folder / "storage").rglob("words/train/*.mds"), key=lambda path: path.stat().st_mtime)
     data = bytearray(shard.read_bytes())
@@ -103,7 +103,7 @@ def test_train_joins_the_head_and_a_ranks_error_is_the_users_error(place: Place,
     assert command.wait(120) == 1
     said = place.log()
     assert "(the head on this machine)" in said
-    assert "the bytes differ from their digest" in said
+    assert re.search("shard.*the bytes differ from their .*digest", said)
     assert "Traceback" not in said
     assert "starting again" not in said
 
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_the_ranks_on_the_cluster_and_frees_the_run(place: Place, se
     command = place.start("train", "recipe.yaml", "run.name=stopped")
     place.wait_for_step(3, command)
     os.kill(command.pid, signal.SIGINT)
-    assert command.wait(30) == 130
+    assert command.wait(60) == 130, place.log()
     assert "stopped; the same command resumes from the newest checkpoint" in place.log()
 
     def no_ranks() -> bool:

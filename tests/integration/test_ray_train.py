@@ -59,7 +59,7 @@ def test_losses_are_bit_identical_through_a_killed_worker_and_a_killed_everythin
     assert len(ranks(place)) == 2
     ranks(place)[-1].send_signal(signal.SIGKILL)
 
-    place.wait_for_step(34, first, attempts=2)
+    place.wait_for_step(34, first, starts=2)
     assert first.poll() is None
     assert "was lost; starting again from the newest checkpoint (restart 1 of at most 3)" in place.log()
     assert "using an embedded Ray cluster (no Ray head on this machine)" in place.log()

@@ -203,7 +203,7 @@ def test_a_machine_without_the_sources_uses_the_dataset_of_the_same_section(tmp_
     assert (result.card, result.built) == (card, False)
     assert "not on this machine" in result.note and card.store in result.note
     assert find(make_recipe(text_stream()), site) == card
-    with pytest.raises(DataError, match=f"there is no {prose}"):
+    with pytest.raises(DataError, match=f"there is no file or folder {prose}"):
         build(make_recipe(text_stream(), sequence_length=64), site)
 
 
@@ -212,7 +212,7 @@ def test_a_bucket_gets_the_dataset_whole_with_its_markers_last(tmp_path: Path, i
     site = make_site(tmp_path, storage=url, **inputs)
     seen: list[Progress] = []
     card = build(recipe_of(), site, progress=seen.append).card
-    assert {progress.stage for progress in seen} == {"tokenizer", "tokens", "index", "upload"}
+    assert {progress.stage for progress in seen} == {"inputs", "tokenizer", "tokens", "index", "upload"}
     storage = site.open_storage()
     assert verify(storage, card).num_bytes > 10_000
     assert find(recipe_of(), site) == card
@@ -340,3 +340,15 @@ def test_a_card_goes_through_json(site: Site) -> None:
     card = find(recipe_of(), site)
     assert card is not None
     assert type(card).from_dict(json.loads(json.dumps(dataclasses.asdict(card)))) == card
+
+
+def test_what_the_system_refuses_is_said_in_one_line(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    (tmp_path / "storage").write_text("a file where the folder of datasets would be")
+    with pytest.raises(DataError, match="storage.*: the dataset cannot be built: "):
+        build(recipe_of(), make_site(tmp_path, **inputs))
+
+
+def test_a_stream_too_small_for_validation_is_told(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    result = build(recipe_of(validation_fraction=0.0001), make_site(tmp_path, **inputs))
+    assert result.card.validation_rows == 0
+    assert "too few documents to hold one out for validation: notes, prose" in result.note

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_cases import LENGTH, STEPS, Case, born_engine, parameters_digest, rows_of_steps, trained_steps
-from packed import batch
+from packed import Row, batch
 from torch import nn
 
+from outgrow.contracts import Batch, StepRows
 from outgrow.recipes.schema.training import AdamW
 from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.regions import Region, local_part
+from outgrow.trainers.validation import validate
 
 
 class Kept:
@@ -145,3 +147,27 @@ def test_clipping_is_that_of_torch(clip_norm: float) -> None:
     for name, parameter in zip(ours, theirs, strict=True):
         moment = optimizer.tensors()[f"optim/{name}/exp_avg"]
         torch.testing.assert_close(moment, parameter.grad * 0.1)
+
+
+def test_validation_is_weighted_over_targets_not_over_batches_or_streams() -> None:
+    case = Case()
+    engine = born_engine(case)
+    rows = [documents for step in rows_of_steps()[:3] for documents in step]
+    parts = {"a": [rows[:8], rows[8:9]], "b": [rows[9:12]]}
+    given = [(stream, step_rows([batch(part, LENGTH), batch([], LENGTH)])) for stream in parts for part in parts[stream]]
+    found = validate(engine, given)
+    assert found is not None
+
+    def one_by_one(rows: list[Row]) -> float:
+        sums = [torch.stack(engine.evaluate(batch([[document]], LENGTH))) for documents in rows for document in documents]
+        nll, weight = torch.stack(sums).sum(0).tolist()
+        return float(nll / weight)
+
+    assert found.total == pytest.approx(one_by_one(rows[:12]), abs=1e-12)
+    assert found.streams == pytest.approx({"a": one_by_one(rows[:9]), "b": one_by_one(rows[9:12])}, abs=1e-12)
+    assert validate(engine, []) is None
+    assert validate(engine, [("a", step_rows([batch([], LENGTH)]))]) is None
+
+
+def step_rows(micro_batches: list[Batch]) -> StepRows:
+    return StepRows(step=0, epoch=0, row_ids=(), global_weight=0.0, tokens=0, micro_batches=tuple(micro_batches))

@@ -64,7 +64,7 @@ def left_by_a_head(folder: Path, address: str) -> dict[str, str]:
     """The environment of a machine where ``ray start --head`` left this address."""
     (folder / "ray").mkdir()
     (folder / "ray" / "ray_current_cluster").write_text(address)
-    return {"RAY_TMPDIR": str(folder)}
+    return {"RAY_TMPDIR": str(folder), "RAY_AUTH_TOKEN": "known"}
 
 
 def test_a_head_is_probed_without_a_token(dead_address: str, open_head: str, closed_head: str) -> None:
@@ -96,6 +96,11 @@ def test_local_never_joins(tmp_path: Path, closed_head: str) -> None:
     assert locate(Cluster(address="local"), left_by_a_head(tmp_path, closed_head)).address is None
 
 
+def test_a_head_whose_token_is_not_here_is_refused_at_once(tmp_path: Path, closed_head: str) -> None:
+    with pytest.raises(ClusterError, match=f"no token in {tmp_path}/token"):
+        locate(Cluster(address=closed_head, token_file=str(tmp_path / "token")), {})
+
+
 def test_a_named_head_must_answer(dead_address: str) -> None:
     with pytest.raises(ClusterError, match=f"no Ray head answers at {dead_address}"):
         locate(Cluster(address=dead_address), {})
@@ -108,7 +113,7 @@ def test_a_named_head_is_host_and_port(address: str) -> None:
 
 
 def test_inside_a_job_the_run_stays_on_the_jobs_cluster(closed_head: str) -> None:
-    job = {"RAY_ADDRESS": closed_head, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    job = {"RAY_ADDRESS": closed_head, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_AUTH_TOKEN": "known"}
     assert locate(Cluster(address="local"), job).address == closed_head
     assert locate(Cluster(address="local"), {"RAY_ADDRESS": closed_head}).address is None
 

@@ -99,8 +99,8 @@ def _place_among_holders(tensor: torch.Tensor, rank: int, world: int) -> tuple[i
 def _one_thread() -> Iterator[None]:
     """torch copies on one thread meanwhile.
 
-    One core about fills the memory bus. Two threads, which meet at a barrier after each of hundreds of tensors, took 12 times as
-    long as a memcpy where other processes used the cores too; one thread took 1.7 times as long there.
+    One core about fills the memory bus. Two threads, which meet at a barrier after each of hundreds of tensors, took 12 times
+    as long as a memcpy where other processes used the cores too; one thread took 1.7 times as long there.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

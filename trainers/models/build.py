@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -37,6 +38,18 @@ __all__ = ["blocks", "config_for", "facts", "meta_model"]
 
 MASTER_DTYPE: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Of the parameters that the optimizer steps, by ``recipe.precision``; bf16 is a copy that the engine computes with."""
+
+REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What transformers raises for a configuration that it cannot take: what its code runs into, and in version 5 its checks."""
 
 _FROM_DATASET = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _SIZES = (
@@ -109,7 +122,7 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+    except REFUSALS as error:
         raise ModelError(f"transformers cannot build this {config.model_type}: {error}", where="model.config") from error
     # Building on meta gave each tied parameter an object of its own.
     model.tie_weights()  # type: ignore[no-untyped-call]
@@ -175,7 +188,7 @@ def _from_keys(model: ArchitectureModel, vocab_size: int, eos_token_id: int | No
     try:
         # No padding token: transformers would keep its embedding at zero, and in our vocabulary it is a word like any other.
         return kind(**model.config, vocab_size=vocab_size, eos_token_id=eos_token_id, bos_token_id=None, pad_token_id=None)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except REFUSALS as error:
         raise ModelError(f"transformers refuses this configuration of {model.family}: {error}", where="model.config") from error
 
 
@@ -238,7 +251,7 @@ def folder_config(folder: Path) -> PretrainedConfig:
         model_type = json.loads(path.read_bytes())["model_type"]
         config_class(model_type)
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (*REFUSALS, OSError) as error:
         raise ModelError(f"not a configuration that transformers can read: {error}", where=str(path)) from error
     return config
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from outgrow.errors import ModelError
-from outgrow.trainers.models.build import checked_config, config_class
+from outgrow.trainers.models.build import REFUSALS, checked_config, config_class
 
 VOCABULARY = 96
 POSITIONS = 64
@@ -50,6 +50,6 @@ def tiny_config(model_type: str, keys: Mapping[str, Any] | None = None) -> Pretr
         config = kind(
             **{**(keys or {}), **sizes, "vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except REFUSALS as error:
         raise ModelError(f"transformers refuses a small {model_type}: {error}") from error
     return checked_config(config, "model.config")
