@@ -99,13 +99,12 @@ def main() -> None:
     print(f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}")
     print(f"{len(os.sched_getaffinity(0))} cores, load average {os.getloadavg()[0]:.1f}, {options.rounds} rounds")
     tokens = options.steps * ROWS * LENGTH
-    for workers, rounds in rates.items():
-        values, rank, children = ([entry[column] / 1e6 for entry in rounds] for column in range(3))
-        print(
-            f"{workers} workers: median {statistics.median(values):.1f} M tokens/s (range {min(values):.1f} to {max(values):.1f}); "
-            f"CPU us a 1,000 tokens: rank {statistics.median(rank) * 1e15 / tokens:.0f}, "
-            f"workers {statistics.median(children) * 1e15 / tokens:.0f}"
-        )
+    for workers, results in rates.items():
+        values = [tokens_per_s / 1e6 for tokens_per_s, _, _ in results]
+        rank = statistics.median(1e9 * seconds / tokens for _, seconds, _ in results)
+        children = statistics.median(1e9 * seconds / tokens for _, _, seconds in results)
+        print(f"{workers} workers: median {statistics.median(values):.1f} M tokens/s ({min(values):.1f} to {max(values):.1f});")
+        print(f"           CPU ns a token: rank {rank:.0f}, workers {children:.0f}")
     wait, compute = (statistics.median(column) for column in zip(*seen, strict=True))
     print(f"wait: median {wait * 1e3:.2f} ms of a step of {compute:.2f} s ({100 * wait / compute:.2f} %)")
 

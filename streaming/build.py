@@ -135,8 +135,8 @@ def _ensure_store(target: Path, data: Data, site: Site, sources: dict[str, Sourc
         return False
     remove_abandoned(target.parent)
     with aside_folder(target.parent) as folder:
-        _make_tokenizer(folder / TOKENIZER, data, site, sources, progress)
-        _check_room(target.parent, forecast_bytes(tuple(sources.values()), folder / TOKENIZER))
+        tokenizer = _make_tokenizer(folder / TOKENIZER, data, site, sources, progress)
+        _check_room(target.parent, forecast_bytes(tuple(sources.values()), tokenizer))
         write_store(folder, data, sources, identity, processes=_processes(site, sources), report=progress)
         if is_committed(target):  # another build of the same dataset was faster
             return False
@@ -145,13 +145,13 @@ def _ensure_store(target: Path, data: Data, site: Site, sources: dict[str, Sourc
     return True
 
 
-def _make_tokenizer(folder: Path, data: Data, site: Site, sources: Mapping[str, Source], progress: Report) -> None:
+def _make_tokenizer(folder: Path, data: Data, site: Site, sources: Mapping[str, Source], progress: Report) -> TextTokenizer:
     progress(Progress(stage="tokenizer"))
     match data.tokenizer:
         case TrainTokenizer() as wanted:
-            train(sample_texts(tuple(sources.values()), wanted.sample_bytes), wanted.vocab_size, folder)
+            return train(sample_texts(tuple(sources.values()), wanted.sample_bytes), wanted.vocab_size, folder)
         case FolderTokenizer() as wanted:
-            copy_tokenizer(Path(site.locate(wanted.path)), folder)
+            return copy_tokenizer(Path(site.locate(wanted.path)), folder)
 
 
 def _check_room(folder: Path, needed_bytes: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from outgrow.errors import DataError
 from outgrow.streaming.sources import Document, Skipped, Source
-from outgrow.streaming.tokenise import Tokenise
+from outgrow.streaming.tokenizer import TextTokenizer
 
 _FORECAST_BYTES = 256 * 1024
-"""Text of each stream that a forecast is made from."""
+"""Text of each stream, in whole units, that a forecast is made from, and characters of each document of it."""
 _RECORD_BYTES = 64
 """Bytes of a document in the store beside its tokens, source and metadata: offsets, column sizes, counts."""
 _MARGIN = 1.2
@@ -48,21 +47,29 @@ def _first_bytes(document: Document | Skipped, num_bytes: int) -> str:
     return document.text[:num_bytes].encode()[:num_bytes].decode(errors="ignore")
 
 
-def forecast_bytes(sources: Sequence[Source], tokenizer: Path) -> int:
+def forecast_bytes(sources: Sequence[Source], tokenizer: TextTokenizer) -> int:
     """Bytes that a token store of the sources takes, with a margin of a fifth: what the first documents of each stream take,
     scaled to the whole."""
-    tokenise = Tokenise(tokenizer, 0.0)
-    return sum(_forecast(source, tokenise) for source in sources)
+    return sum(_forecast(source, tokenizer) for source in sources)
 
 
-def _forecast(source: Source, tokenise: Tokenise) -> int:
-    read = stored = 0
+def _forecast(source: Source, tokenizer: TextTokenizer) -> int:
+    read, stored = 0, 0.0
     for unit in source.units():
-        block = tokenise((0, unit))
-        described = sum(len(s) + len(json.dumps(m)) for s, m in zip(block.sources, block.metas, strict=True))
+        stored += sum(_stored(document, tokenizer) for document in unit.documents() if isinstance(document, Document))
         read += unit.num_bytes
-        stored += block.tokens.nbytes + described + _RECORD_BYTES * len(block.sources)
         if read >= _FORECAST_BYTES:
             break
     total = sum(item.text_bytes for item in source.inputs)
     return int(_MARGIN * stored * max(1.0, total / max(read, 1)))
+
+
+def _stored(document: Document, tokenizer: TextTokenizer) -> float:
+    """Bytes of a document in the store; of a long text only the beginning is encoded."""
+    if document.text is None:
+        assert document.token_ids is not None
+        tokens = float(len(document.token_ids))
+    else:
+        beginning = document.text[:_FORECAST_BYTES]
+        tokens = len(tokenizer.encode([beginning])[0]) * (len(document.text) / max(len(beginning), 1))
+    return tokens * tokenizer.dtype.itemsize + len(document.source) + len(json.dumps(document.meta)) + _RECORD_BYTES

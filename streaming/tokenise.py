@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,10 @@ import numpy.typing as npt
 from outgrow.errors import DataError
 from outgrow.streaming.sources import Document, Skipped, Unit
 from outgrow.streaming.sources.document import SkipReason
-from outgrow.streaming.tokenizer import TextTokenizer
+from outgrow.streaming.tokenizer import TextTokenizer, Tokens
 
 _BATCH_CHARS = 256 * 1024
 """Characters that are encoded at once."""
-
-Tokens: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,6 @@ class Tokenise:
     def __init__(self, folder: Path, validation_fraction: float) -> None:
         self._tokenizer = TextTokenizer(folder)
         self._fraction = validation_fraction
-        self._dtype = token_dtype(self._tokenizer.vocab_size)
 
     def __call__(self, work: tuple[int, Unit]) -> TokenBlock:
         """The block of a unit, given with the number of its stream."""
@@ -73,7 +70,7 @@ class Tokenise:
         return TokenBlock(
             stream=stream,
             num_bytes=unit.num_bytes,
-            tokens=np.concatenate([np.empty(0, self._dtype), *tokens]),
+            tokens=np.concatenate([np.empty(0, self._tokenizer.dtype), *tokens]),
             lengths=np.array([len(part) for part in tokens], np.int64),
             validation=tuple(validation),
             sources=tuple(sources),
@@ -89,14 +86,13 @@ class Tokenise:
             for document in documents
         ]
 
-    def _ended(self, token_ids: npt.NDArray[np.int64]) -> Tokens:
+    def _ended(self, tokens: Tokens) -> Tokens:
         """The document's tokens with the end-of-text token after them, once."""
         eos = self._tokenizer.eos_token_id
-        if len(token_ids) and token_ids[-1] == eos:
-            return token_ids.astype(self._dtype)
-        return np.concatenate([token_ids.astype(self._dtype), np.array([eos], self._dtype)])
+        return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, self._tokenizer.dtype.type(eos))
 
-    def _checked(self, document: Document) -> npt.NDArray[np.int64]:
+    def _checked(self, document: Document) -> Tokens:
+        """The token ids that a document came with."""
         assert document.token_ids is not None
         if (
             len(document.token_ids)
@@ -108,12 +104,7 @@ class Tokenise:
                 where=document.source,
                 hint="set data.tokenizer to the folder of the tokenizer that made them",
             )
-        return document.token_ids
-
-
-def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
-    """The smaller of uint16 and uint32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 65_536 else np.uint32)
+        return document.token_ids.astype(self._tokenizer.dtype)
 
 
 def held_out(document: Document, fraction: float) -> bool:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,10 @@ from outgrow.storage import fingerprint
 END_OF_TEXT = "<|endoftext|>"
 """The end-of-text token of tokenizers that are trained here; its id is 0."""
 
-PIECE_CHARS = 1024 * 1024
-"""Longer texts are encoded in pieces, as the encoder takes some hundred bytes of memory a character."""
+PIECE_CHARS = 256 * 1024
+"""Longer texts are encoded in pieces, and no more is encoded at once: the encoder takes some hundred bytes a character."""
+
+Tokens: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 _FILES = (
     "tokenizer.json",
@@ -41,7 +43,8 @@ _FILES = (
 class TextTokenizer:
     """A tokenizer as datasets use it: no padding, no truncation, no special tokens found in text.
 
-    ``fingerprint`` is the sha256 of tokenizer.json in canonical form; ``vocab_size`` one more than the greatest token id.
+    ``fingerprint`` is the sha256 of tokenizer.json in canonical form; ``vocab_size`` one more than the greatest token id;
+    ``dtype`` the smaller of uint16 and uint32 that holds every token id.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,19 +65,21 @@ class TextTokenizer:
         self.folder = folder
         self.fingerprint = fingerprint(json.loads(text))
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
         self.eos_token_id = self._end_of_text()
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """Token ids of each text, int64 [n], without the end-of-text token.
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Token ids of each text, ``dtype`` [n], without the end-of-text token.
 
         A text of more than ``PIECE_CHARS`` is encoded in pieces. Byte-level tokenizers give the same tokens as for the whole
         where the text has spaces or lines; others may differ at the cuts.
         """
-        divided = [list(pieces(text, PIECE_CHARS)) for text in texts]
-        encoded = iter(
-            self._tokenizer.encode_batch_fast([piece for parts in divided for piece in parts], add_special_tokens=False)
-        )
-        return [np.concatenate([np.array(next(encoded).ids, np.int64) for _ in parts]) for parts in divided]
+        encoded: list[list[Tokens]] = [[] for _ in texts]
+        for batch in _batches(texts):
+            found = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (number, _), encoding in zip(batch, found, strict=True):
+                encoded[number].append(np.array(encoding.ids, self.dtype))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in encoded]
 
     def decode(self, token_ids: npt.NDArray[np.integer[Any]]) -> str:
         """The text of token ids, special tokens shown."""
@@ -107,6 +112,21 @@ def pieces(text: str, limit: int) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """The pieces of all texts, each with the number of its text, in batches of about ``PIECE_CHARS``."""
+    batch: list[tuple[int, str]] = []
+    num_chars = 0
+    for number, text in enumerate(texts):
+        for piece in pieces(text, PIECE_CHARS):
+            if batch and num_chars + len(piece) > PIECE_CHARS:
+                yield batch
+                batch, num_chars = [], 0
+            batch.append((number, piece))
+            num_chars += len(piece)
+    if batch:
+        yield batch
 
 
 def _last_break(text: str, mark: str, start: int, stop: int) -> int:

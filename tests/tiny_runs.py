@@ -64,17 +64,22 @@ cluster: {token_file: token}
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with recipe, site and text, and the environment of the commands that run there."""
+    """A folder with recipe, site and text, and the environment of the commands that run there.
+
+    ``inside`` comes before every command: ``ip netns exec`` of a network namespace, say.
+    """
 
     folder: Path
     environment: dict[str, str]
+    inside: tuple[str, ...] = ()
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         """A command of ``outgrow`` in the background; what it says goes to ``log`` in the folder."""
-        with open(self.folder / "log", "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "outgrow", *words], cwd=self.folder, env=self.environment, stdout=log, stderr=log
-            )
+        return self.start_program("log", sys.executable, "-m", "outgrow", *words)
+
+    def start_program(self, log: str, *words: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / log, "wb") as file:
+            return subprocess.Popen([*self.inside, *words], cwd=self.folder, env=self.environment, stdout=file, stderr=file)
 
     def run(self, *words: str, timeout_s: float = 150) -> str:
         """What a command of ``outgrow`` says, once it has ended well."""
@@ -160,7 +165,9 @@ def head(place: Place) -> Iterator[str]:
         )
     said = (place.folder / "head.log").read_text
     address = f"http://127.0.0.1:{dashboard}"
-    wait_for(lambda: started.poll() is not None or _answers(address), "job server", said)
+    # It leaves its address for others last of all.
+    left = Path(place.environment["RAY_TMPDIR"], "ray", "ray_current_cluster")
+    wait_for(lambda: started.poll() is not None or (left.exists() and _answers(address)), "job server", said)
     assert started.poll() is None, said()
     yield address
     place.kill_everything()

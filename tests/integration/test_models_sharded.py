@@ -12,7 +12,7 @@ from torch import nn
 from outgrow.trainers.models.experts import mixtures
 from outgrow.trainers.models.initialise import SeededWeights
 from outgrow.trainers.models.probes import filled
-from outgrow.trainers.models.sharded_probe import _LENGTH, _TOKENS, measure, measure_on_two_ranks
+from outgrow.trainers.models.sharded_probe import LENGTH, TOKENS, measure, measure_on_two_ranks
 from outgrow.trainers.models.tiny import tiny_config
 
 
@@ -26,7 +26,7 @@ def test_two_ranks_have_the_loss_and_gradient_norm_of_one(tmp_path: Path) -> Non
 
 
 def test_the_two_ranks_of_that_step_choose_different_experts() -> None:
-    chosen = [_experts_chosen(token) for token in _TOKENS]
+    chosen = [_experts_chosen(token) for token in TOKENS]
     assert any(first - second and second - first for first, second in zip(*chosen, strict=True))
 
 
@@ -40,5 +40,5 @@ def _experts_chosen(token: int) -> list[set[int]]:
         assert isinstance(gate, nn.Module)
         gate.register_forward_hook(lambda *call: chosen.append(set(call[2].topk(2, dim=-1).indices.flatten().tolist())))
     with torch.no_grad():
-        model(input_ids=torch.full((1, _LENGTH), token), use_cache=False)
+        model(input_ids=torch.full((1, LENGTH), token), use_cache=False)
     return chosen

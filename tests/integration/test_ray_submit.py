@@ -48,7 +48,7 @@ def test_a_caller_without_the_token_is_turned_away(place: Place, server: str) ->
 
 def test_a_command_without_the_token_says_what_it_lacks(place: Place, server: str, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text(f"schema: 1\ncluster: {{token_file: {tmp_path}/none}}\n")
+    site.write_text(f"schema: 1\nstorage: {tmp_path}/storage\ncluster: {{token_file: {tmp_path}/none}}\n")
     for words in (["submit", "recipe.yaml", "--address", server], ["train", "recipe.yaml"]):
         command = place.start(*words, "--site", str(site))
         assert command.wait(60) == 2, place.log()

@@ -18,6 +18,7 @@ from outgrow.storage import tree_digests
 from outgrow.trainers import export as export_module
 from outgrow.trainers.export import export, plan_shards
 from outgrow.trainers.generate import choose, generate, load, sample
+from outgrow.trainers.models.build import meta_model
 from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.probes import HeldTensors, filled, lively
 from outgrow.trainers.models.tiny import VOCABULARY, tiny_config
@@ -132,17 +133,19 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tokenize
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tokenizer: Path) -> None:
+    rows = 2**46
     config = tiny_config("llama")
-    config.vocab_size = 2**46
-    names = {f"model/{name}": torch.empty(1) for name, _ in lively(tiny_config("llama")).named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(config, "fp32").named_parameters()}
+    config.vocab_size = rows
 
     class Endless(HeldTensors):
         def shape(self, name: str) -> tuple[int, ...]:
-            wide = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            return (2**46, 32) if wide else tuple(lively(tiny_config("llama")).get_parameter(name.removeprefix("model/")).shape)
+            shape = shapes[name.removeprefix("model/")]
+            return (rows, *shape[1:]) if shape[0] == VOCABULARY else shape
 
+    endless = Endless({f"model/{name}": torch.empty(0) for name in shapes})
     with pytest.raises(PlanError, match="GB free"):
-        export(Endless(names), config, tokenizer, tokenizer.parent / "out", dtype="fp32", run="", step=0, checkpoint_digest="")
+        export(endless, config, tokenizer, tokenizer.parent / "out", dtype="fp32", run="", step=0, checkpoint_digest="")
     assert not (tokenizer.parent / "out").exists()
 
 

@@ -43,7 +43,7 @@ def test_every_text_comes_back_and_eos_is_never_found_in_text(folder: Path) -> N
     assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (400, 0)
     spelled = "before <|endoftext|> after"
     for original, token_ids in zip([*TEXTS, spelled, ""], tokenizer.encode([*TEXTS, spelled, ""]), strict=True):
-        assert token_ids.dtype == np.int64
+        assert token_ids.dtype == np.uint16
         assert tokenizer.decode(token_ids) == original
         assert tokenizer.eos_token_id not in token_ids
 

@@ -25,9 +25,9 @@ from outgrow.trainers.engines import make_engine
 from outgrow.trainers.models.build import checked_config, folder_config, meta_model
 from outgrow.trainers.models.initialise import SeededWeights
 
-_LENGTH = 16
+LENGTH = 16
 _LIMIT_S = 300
-_TOKENS = (3, 7)
+TOKENS = (3, 7)
 
 
 def measure(config: PretrainedConfig, *, world: int, rank: int) -> dict[str, float]:
@@ -37,13 +37,13 @@ def measure(config: PretrainedConfig, *, world: int, rank: int) -> dict[str, flo
         world=world,
         replicate=1,
         shard=world,
-        global_rows=len(_TOKENS),
-        micro_rows=len(_TOKENS) // world,
+        global_rows=len(TOKENS),
+        micro_rows=len(TOKENS) // world,
         accumulation=1,
     )
     engine = make_engine(layout, _recipe(config.model_type), meta_model(config, "fp64"), torch.device("cpu"))
     engine.load_model(SeededWeights(config, 0))
-    engine.accumulate(_rows(_TOKENS[rank::world]), global_weight=len(_TOKENS) * _LENGTH)
+    engine.accumulate(_rows(TOKENS[rank::world]), global_weight=len(TOKENS) * LENGTH)
     sums = engine.finish()
     return {"loss": float(engine.reduce_sum(sums.loss)), "grad_norm": float(sums.grad_norm)}
 
@@ -77,13 +77,13 @@ def measure_on_two_ranks(configs: Mapping[str, PretrainedConfig], folder: Path) 
 
 
 def _rows(tokens: tuple[int, ...]) -> Batch:
-    token_ids = torch.tensor(tokens)[:, None].expand(-1, _LENGTH).contiguous()
+    token_ids = torch.tensor(tokens)[:, None].expand(-1, LENGTH).contiguous()
     return Batch(
         token_ids=token_ids,
-        targets=(token_ids + torch.arange(_LENGTH)) % 50,
+        targets=(token_ids + torch.arange(LENGTH)) % 50,
         weights=torch.ones(token_ids.shape),
         segments=torch.zeros(token_ids.shape, dtype=torch.int32),
-        positions=torch.arange(_LENGTH).expand(token_ids.shape).contiguous(),
+        positions=torch.arange(LENGTH).expand(token_ids.shape).contiguous(),
         row_ids=torch.arange(len(tokens)),
     )
 
@@ -96,11 +96,11 @@ def _recipe(family: str) -> Recipe:
             "run": {"name": "probe", "seed": 0},
             "model": {"kind": "architecture", "family": family},
             "data": {
-                "sequence_length": _LENGTH,
+                "sequence_length": LENGTH,
                 "tokenizer": {"kind": "train", "vocab_size": 260},
                 "streams": [{"name": "unused", "source": source}],
             },
-            "batch": {"rows": len(_TOKENS)},
+            "batch": {"rows": len(TOKENS)},
             "duration": {"steps": 1},
             "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
             "precision": "fp64",

@@ -70,7 +70,7 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
         claim(storage, opened.recipe, card.store_fingerprint, fresh=fresh, accept=accept) as claimed,
         connect(target, opened.site.cluster, cpus=here.cores, gpus=len(here.gpus)) as cluster,
     ):
-        typer.echo(_claimed(claimed))
+        typer.echo(f"{_claimed(claimed)}\n  on {cluster}")
         plan = plan_run(opened, survey(cluster, here), card, target, fresh=False)
         refuse(plan)
         return _run(_job(opened, card, plan, claimed.run), cluster)
