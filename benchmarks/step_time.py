@@ -1,10 +1,10 @@
 """Step time of the engines against a bare hand-written loop: the same model, rows, loss and optimizer, fp32.
 
-    python benchmarks/step_time.py            prints a table in Markdown
+    python benchmarks/step_time.py [--pairs 40] [--threads 2] [--rows 8]        prints a table in Markdown
 
 Pairs of steps, one of each, in turns within one process, so that a noisy machine slows both; the ratio is the median of pairs.
 What outgrow's loop does in every step besides (seed, schedule, watch over the gradient) is counted on its side. FSDP2 on two
-ranks has one thread each and is set against the bare loop with two threads.
+ranks has half the threads each. Fewer rows make the fixed cost of a step weigh more.
 """
 
 from __future__ import annotations
@@ -134,21 +134,21 @@ def line(name: str, pairs: list[tuple[float, float]]) -> str:
     return f"| {name} | {bare:.3f} | {other:.3f} | {ratios[1]:.3f} | {ratios[0]:.3f} - {ratios[2]:.3f} | {len(pairs)} |"
 
 
-def on_two_ranks(pairs: int) -> list[float]:
-    """Seconds a step of FSDP2 on two ranks of one thread, for the same global batch."""
+def on_two_ranks(pairs: int, threads: int, rows: int) -> list[float]:
+    """Seconds a step of FSDP2 on two ranks with half the threads each, for the same global batch."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--pairs", str(pairs), "--folder", folder, "--rank"]
-        ranks = [subprocess.Popen([*command, str(rank)], env=os.environ | {"OMP_NUM_THREADS": "1"}) for rank in range(2)]
+        options = {"--pairs": pairs, "--threads": max(1, threads // 2), "--rows": rows, "--folder": folder}
+        command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option), "--rank"]
+        ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
         if any([rank.wait() for rank in ranks]):
             raise SystemExit("a rank failed")
         times: list[float] = json.loads(Path(folder, "times.json").read_text())
         return times
 
 
-def rank_of_two(rank: int, folder: Path, pairs: int) -> None:
-    torch.set_num_threads(1)
+def rank_of_two(rank: int, folder: Path, pairs: int, rows: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
-    recipe = load(PRESET)
+    recipe = load(PRESET, [f"batch.rows={rows}"])
     step = engine_step(recipe, resolve(recipe, 2, 2), rank)
     for number in range(3):
         step(number)
@@ -158,31 +158,36 @@ def rank_of_two(rank: int, folder: Path, pairs: int) -> None:
     dist.destroy_process_group()
 
 
-def main(pairs: int) -> None:
-    torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    recipe = load(PRESET)
-    alone = load(PRESET, ["parallel.kind=fsdp2"])
+def main(pairs: int, threads: int, rows: int) -> None:
+    recipe = load(PRESET, [f"batch.rows={rows}"])
+    alone = load(PRESET, [f"batch.rows={rows}", "parallel.kind=fsdp2"])
     bare = bare_step(recipe)
-    print(f"torch {torch.__version__}, quickstart's model and batch, load average {os.getloadavg()[0]:.1f} at the start\n")
+    print(
+        f"torch {torch.__version__}, quickstart's model, {rows} rows of {recipe.data.sequence_length} tokens, {threads} threads, "
+    )
+    print(f"load average {os.getloadavg()[0]:.1f} at the start\n")
     print("| engine | bare loop, s | engine, s | ratio, median of pairs | middle half | pairs |")
     print("|---|---|---|---|---|---|")
     print(line("plain", paired(bare, engine_step(recipe, resolve(recipe, 1, 1)), pairs)), flush=True)
     print(line("fsdp2, 1 rank", paired(bare, engine_step(alone, resolve(alone, 1, 1)), pairs)), flush=True)
     before = [seconds(bare, number) for number in range(pairs // 2)]
-    ranks = on_two_ranks(pairs)
+    ranks = on_two_ranks(pairs, threads, rows)
     after = [seconds(bare, number) for number in range(pairs - pairs // 2)]
-    print(line("fsdp2, 2 ranks x 1 thread (not paired)", list(zip(before + after, ranks, strict=True))), flush=True)
+    print(line("fsdp2, 2 ranks (not paired)", list(zip(before + after, ranks, strict=True))), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40, help="pairs of steps for each engine")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the process, halved for each of two ranks")
+    parser.add_argument("--rows", type=int, default=8, help="rows an optimizer step")
     parser.add_argument("--rank", type=int, help="run as one of two ranks (used by the script itself)")
     parser.add_argument("--folder", type=Path, help="where ranks meet (used by the script itself)")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if given.rank is None:
-        main(given.pairs)
+        main(given.pairs, given.threads, given.rows)
     else:
-        rank_of_two(given.rank, given.folder, given.pairs)
+        rank_of_two(given.rank, given.folder, given.pairs, given.rows)
