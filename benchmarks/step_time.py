@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -107,43 +108,56 @@ def engine_step(recipe: Recipe, layout: Layout, rank: int = 0) -> Callable[[int]
     return step
 
 
-def seconds(step: Callable[[int], None], number: int) -> float:
-    start = time.perf_counter()
+class Timed(NamedTuple):
+    """Seconds of one step: on the wall, and of processor time over all threads, which a busy machine disturbs less."""
+
+    wall: float
+    processor: float
+
+
+def timed(step: Callable[[int], None], number: int) -> Timed:
+    wall, processor = time.perf_counter(), time.process_time()
     step(number)
-    return time.perf_counter() - start
+    return Timed(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def paired(bare: Callable[[int], None], other: Callable[[int], None], pairs: int) -> list[tuple[float, float]]:
-    """(bare, other) seconds a step; who goes first changes from pair to pair."""
+def paired(bare: Callable[[int], None], other: Callable[[int], None], pairs: int) -> list[tuple[Timed, Timed]]:
+    """(bare, other) steps; who goes first changes from pair to pair."""
     for number in range(3):
         bare(number)
         other(number)
     found = []
     for number in range(pairs):
         if number % 2:
-            b, o = seconds(bare, number), seconds(other, number)
+            b, o = timed(bare, number), timed(other, number)
         else:
-            o, b = seconds(other, number), seconds(bare, number)
+            o, b = timed(other, number), timed(bare, number)
         found.append((b, o))
     return found
 
 
-def line(name: str, pairs: list[tuple[float, float]]) -> str:
-    ratios = statistics.quantiles([o / b for b, o in pairs], n=4)
-    bare, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return f"| {name} | {bare:.3f} | {other:.3f} | {ratios[1]:.3f} | {ratios[0]:.3f} - {ratios[2]:.3f} | {len(pairs)} |"
+def line(name: str, pairs: list[tuple[Timed, Timed]]) -> str:
+    bare = statistics.median(b.wall for b, _ in pairs)
+    other = statistics.median(o.wall for _, o in pairs)
+    wall = spread([o.wall / b.wall for b, o in pairs])
+    processor = spread([o.processor / b.processor for b, o in pairs])
+    return f"| {name} | {bare:.3f} | {other:.3f} | {wall} | {processor} | {len(pairs)} |"
 
 
-def on_two_ranks(pairs: int, threads: int, rows: int) -> list[float]:
-    """Seconds a step of FSDP2 on two ranks with half the threads each, for the same global batch."""
+def spread(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} - {high:.3f})"
+
+
+def on_two_ranks(pairs: int, threads: int, rows: int) -> list[Timed]:
+    """Steps of FSDP2 on two ranks with half the threads each, for the same global batch; rank 0's processor time, doubled."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"--pairs": pairs, "--threads": max(1, threads // 2), "--rows": rows, "--folder": folder}
         command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option), "--rank"]
         ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
         if any([rank.wait() for rank in ranks]):
             raise SystemExit("a rank failed")
-        times: list[float] = json.loads(Path(folder, "times.json").read_text())
-        return times
+        return [Timed(wall, 2 * processor) for wall, processor in json.loads(Path(folder, "times.json").read_text())]
 
 
 def rank_of_two(rank: int, folder: Path, pairs: int, rows: int) -> None:
@@ -152,7 +166,7 @@ def rank_of_two(rank: int, folder: Path, pairs: int, rows: int) -> None:
     step = engine_step(recipe, resolve(recipe, 2, 2), rank)
     for number in range(3):
         step(number)
-    times = [seconds(step, number) for number in range(pairs)]
+    times = [timed(step, number) for number in range(pairs)]
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(times))
     dist.destroy_process_group()
@@ -162,17 +176,15 @@ def main(pairs: int, threads: int, rows: int) -> None:
     recipe = load(PRESET, [f"batch.rows={rows}"])
     alone = load(PRESET, [f"batch.rows={rows}", "parallel.kind=fsdp2"])
     bare = bare_step(recipe)
-    print(
-        f"torch {torch.__version__}, quickstart's model, {rows} rows of {recipe.data.sequence_length} tokens, {threads} threads, "
-    )
-    print(f"load average {os.getloadavg()[0]:.1f} at the start\n")
-    print("| engine | bare loop, s | engine, s | ratio, median of pairs | middle half | pairs |")
+    batch = f"{rows} rows of {recipe.data.sequence_length} tokens"
+    print(f"torch {torch.__version__}, the quickstart's model, {batch}, {threads} thread(s), load {os.getloadavg()[0]:.1f}\n")
+    print("| engine | bare loop, s | engine, s | ratio of wall time: median (middle half) | of processor time | pairs |")
     print("|---|---|---|---|---|---|")
     print(line("plain", paired(bare, engine_step(recipe, resolve(recipe, 1, 1)), pairs)), flush=True)
     print(line("fsdp2, 1 rank", paired(bare, engine_step(alone, resolve(alone, 1, 1)), pairs)), flush=True)
-    before = [seconds(bare, number) for number in range(pairs // 2)]
+    before = [timed(bare, number) for number in range(pairs // 2)]
     ranks = on_two_ranks(pairs, threads, rows)
-    after = [seconds(bare, number) for number in range(pairs - pairs // 2)]
+    after = [timed(bare, number) for number in range(pairs - pairs // 2)]
     print(line("fsdp2, 2 ranks (not paired)", list(zip(before + after, ranks, strict=True))), flush=True)
 
 

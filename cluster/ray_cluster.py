@@ -159,8 +159,10 @@ def connect(target: Target, cluster: Cluster, *, cpus: int, gpus: int) -> Iterat
     try:
         context: Any = ray.init(**options)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        if embedded:
+            raise ClusterError(f"cannot start an embedded Ray cluster: {_first_line(error)}") from error
         raise ClusterError(
-            f"cannot join the Ray cluster at {options['address']}: {_first_line(error)}",
+            f"cannot join the Ray cluster at {target.address}: {_first_line(error)}",
             hint="outgrow train runs on a node of the cluster and with its token; from anywhere else: outgrow submit",
         ) from error
     try:

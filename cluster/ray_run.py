@@ -1,17 +1,18 @@
 """A run under Ray Train V2: it places and supervises the ranks and starts them again after a loss.
 
-Training resumes from outgrow's own committed checkpoints, never from Ray's. The driver's main thread shows what rank 0 says
-while Ray Train runs in another one, so Ctrl-C is always answered.
+Training resumes from outgrow's own committed checkpoints, never from Ray's. What rank 0 says reaches the driver through an
+actor that a thread of the driver asks, so that no rank ever waits to be watched.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from outgrow.cluster.ray_cluster import RayCluster, check_room
 from outgrow.cluster.ray_environment import worker_environment
@@ -28,15 +29,17 @@ OnRecord: TypeAlias = Callable[[StepRecord], None]
 OnNotice: TypeAlias = Callable[[str], None]
 
 _POLL_S = 0.25
+_TAKE_S = 10.0
 _START_ATTEMPTS = 5
 """Times that Ray Train waits for room, a minute each, before the run gives up."""
 
 
 def run(job: JobSpec, train_worker: TrainWorker, *, cluster: RayCluster, on_record: OnRecord, on_notice: OnNotice) -> RunResult:
-    """What rank 0 returned, once all ``job.workers`` ranks are done.
+    """What rank 0 returned, once all ``job.workers`` ranks are done; must be called in the main thread.
 
-    ``on_record`` and ``on_notice`` (one line for a person) are called in this thread. Raises what a rank raised where that is
-    an ``OutgrowError``, ``TrainingError`` with the rank's traceback where it is not, ``ClusterError`` where there is no room.
+    ``on_record`` and ``on_notice`` (one line for a person) are called in another thread. Raises what a rank raised where that
+    is an ``OutgrowError``, ``TrainingError`` with the rank's traceback where it is not, ``ClusterError`` where there is no room
+    or Ray was lost, and ``KeyboardInterrupt``.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -45,79 +48,84 @@ def run(job: JobSpec, train_worker: TrainWorker, *, cluster: RayCluster, on_reco
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
     scratch = Path(job.site["cache"]) / "ray-train"
-    fit = _Fit(_trainer(job, train_worker, progress, scratch))
     watch = _Watch(progress, on_record, on_notice)
     try:
-        while fit.is_alive():
-            watch.take()
-            fit.join(_POLL_S)
-        watch.take()
-        return RunResult(run=job.run, worker=WorkerResult.from_dict(fit.result()), restarts=watch.restarts)
+        worker = WorkerResult.from_dict(_fit(_trainer(job, train_worker, progress, scratch)))
     finally:
+        # Joined before the connection ends: Ray crashes the process where a thread still waits in it then.
+        watch.stop()
         shutil.rmtree(scratch / _name(job), ignore_errors=True)
+    return RunResult(run=job.run, worker=worker, restarts=watch.restarts)
 
 
-class _Fit(threading.Thread):
-    """``TorchTrainer.fit`` in a thread of its own; ``result`` gives what it gave, or raises what it raised, as ours."""
+def _fit(trainer: TorchTrainer) -> JsonDict:
+    """What rank 0 returned; raises what ended the run as an error of ours."""
+    import ray
+    from ray.train import TrainingFailedError
 
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(name="ray-train", daemon=True)
-        self._trainer = trainer
-        self._value: JsonDict | None = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            result: Any = self._trainer.fit()  # a Result of V2, typed as that of V1
-            self._value = result.return_value
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> JsonDict:
-        if self._error is not None:
-            raise _ours(self._error) from None
-        if self._value is None:
-            raise TrainingError("Ray Train ended without a result of rank 0")
-        return self._value
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        result: Any = trainer.fit()  # a Result of V2, typed as that of V1
+    except SystemExit:
+        # Ray Train takes over Ctrl-C while it runs: it ends the ranks, then the process.
+        raise KeyboardInterrupt from None
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        raise _ours(error) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if result.return_value is None:
+        raise TrainingError("Ray Train ended without a result of rank 0")
+    return cast(JsonDict, result.return_value)
 
 
-class _Watch:
-    """Takes from the ``progress`` actor what was said. Without the actor the run goes on unseen, and the driver says so."""
+class _Watch(threading.Thread):
+    """Shows what was said to the ``progress`` actor. Without the actor the run goes on unseen, and the driver says so."""
 
     def __init__(self, progress: ActorHandle[Progress], on_record: OnRecord, on_notice: OnNotice) -> None:
+        super().__init__(name="watch", daemon=True)
         self._progress = progress
         self._on_record = on_record
         self._on_notice = on_notice
-        self._lost = False
+        self._ended = threading.Event()
         self._starts = 0
         self._failures = 0
+        self.start()
 
     @property
     def restarts(self) -> int:
         return max(0, self._starts - 1)
 
-    def take(self) -> None:
+    def stop(self) -> None:
+        """Show what is left, and end."""
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
         import ray
 
-        if self._lost:
-            return
-        try:
-            said: list[tuple[str, Any]] = ray.get(self._progress.take.remote(), timeout=60)
-        except ray.exceptions.RayError as error:
-            self._lost = True
-            self._on_notice(
-                f"the live display is lost ({type(error).__name__}); the run goes on, its events.jsonl has every record"
-            )
-            return
-        for kind, value in said:
-            if kind == "record":
-                self._on_record(StepRecord.from_dict(value))
-            elif kind == "start":
-                self._starts += 1
-            else:
-                self._failures += 1
-                self._on_notice(f"{value}; " + _next_start(self._failures))
+        ended = False
+        while not ended:
+            ended = self._ended.wait(_POLL_S)
+            try:
+                said: list[tuple[str, Any]] = ray.get(self._progress.take.remote(), timeout=_TAKE_S)
+                for kind, value in said:
+                    self._show(kind, value)
+            except ray.exceptions.GetTimeoutError:
+                continue  # an overloaded machine; at worst the display misses some records
+            except ray.exceptions.RayError as error:
+                self._on_notice(f"the live display is lost ({type(error).__name__}); events.jsonl of the run has every record")
+                return
+            except BrokenPipeError:
+                return  # nobody reads our output any more, which is no reason to stop a run
+
+    def _show(self, kind: str, value: Any) -> None:
+        if kind == "record":
+            self._on_record(StepRecord.from_dict(value))
+        elif kind == "start":
+            self._starts += 1
+        else:
+            self._failures += 1
+            self._on_notice(f"{value}; {_next_start(self._failures)}")
 
 
 def _trainer(job: JobSpec, train_worker: TrainWorker, progress: ActorHandle[Progress], scratch: Path) -> TorchTrainer:
@@ -163,7 +171,6 @@ def _next_start(failures: int) -> str:
 
 def _ours(error: BaseException) -> OutgrowError:
     """What ended Ray Train, as an error of ours: the one that a rank raised, where it did."""
-    from ray.exceptions import RayError
     from ray.train import ControllerError, WorkerGroupError
 
     if isinstance(error, ControllerError):
@@ -179,6 +186,4 @@ def _ours(error: BaseException) -> OutgrowError:
             f"the run failed {MAX_RESTARTS + 1} times; the last time: {error}",
             hint="the same command resumes from the newest checkpoint",
         )
-    if isinstance(error, RayError):
-        return ClusterError(f"the Ray cluster was lost: {error}", hint="the same command resumes from the newest checkpoint")
-    return TrainingError(f"{type(error).__name__}: {error}")
+    return ClusterError(f"the Ray cluster was lost: {error}", hint="the same command resumes from the newest checkpoint")

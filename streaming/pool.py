@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -21,12 +21,12 @@ _work: Callable[[Any], Any]
 """What this process does with each input; set once when it starts."""
 
 
-def ordered_map(make_work: Callable[[], Callable[[T], R]], items: Iterable[T], processes: int) -> Iterator[R]:
+def ordered_map(make_work: Callable[[], Callable[[T], R]], items: Iterable[T], processes: int) -> Generator[R]:
     """``make_work()(item)`` of each item, in order; ``make_work`` runs once a process.
 
     ``make_work``, items and results are picklable. With one process all runs in this one. At most twice as many items as
     processes are taken ahead of the result that is waited for, so memory is bounded. An exception of the work is raised here; a
-    process that was killed raises ``DataError``.
+    process that was killed raises ``DataError``. Closing the generator ends the processes.
     """
     if processes == 1:
         yield from map(make_work(), items)

@@ -22,11 +22,12 @@ def sample_texts(sources: Sequence[Source], limit_bytes: int) -> Iterator[str]:
     Raises ``DataError`` where a source holds token ids instead of text.
     """
     total = sum(item.text_bytes for source in sources for item in source.inputs)
-    share = min(1.0, limit_bytes / max(total, 1))
-    left = 0.0
+    share = limit_bytes / max(total, 1)
+    # All of it may be had: then the limit is one for all, as text can be longer in UTF-8 than in its file.
+    left = float(limit_bytes) if share >= 1 else 0.0
     for source in sources:
         for unit in source.units():
-            left += unit.num_bytes * share
+            left += unit.num_bytes * share if share < 1 else 0.0
             for document in unit.documents():
                 if left < 1:
                     break

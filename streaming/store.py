@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -111,11 +112,13 @@ def write_store(
     tokenizer = TextTokenizer(folder / TOKENIZER)
     names = tuple(sources)
     units = ((number, unit) for number, name in enumerate(names) for unit in sources[name].units())
-    blocks = ordered_map(partial(Tokenise, tokenizer.folder, data.validation_fraction), units, processes)
+    make_work = partial(Tokenise, tokenizer.folder, data.validation_fraction)
     counts: dict[str, StreamCounts] = {}
-    for number, group in groupby(_reported(blocks, sources, report), key=lambda block: block.stream):
-        name = names[number]
-        counts[name] = _write_stream(folder / "streams" / name, data, tokenizer.vocab_size, name, sources[name].inputs, group)
+    with closing(ordered_map(make_work, units, processes)) as blocks:
+        for number, group in groupby(_reported(blocks, sources, report), key=lambda block: block.stream):
+            name = names[number]
+            out = folder / "streams" / name
+            counts[name] = _write_stream(out, data, tokenizer.vocab_size, name, sources[name].inputs, group)
     for name, source in sources.items():
         if name not in counts or not counts[name].documents:
             raise DataError(

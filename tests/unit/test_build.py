@@ -27,7 +27,9 @@ from outgrow.streaming.aside import remove_abandoned
 from outgrow.streaming.build import build, find
 from outgrow.streaming.card import describe
 from outgrow.streaming.inspect import first_rows
-from outgrow.streaming.sources import Document
+from outgrow.streaming.sampling import forecast_bytes, sample_texts
+from outgrow.streaming.sources import Document, open_source
+from outgrow.streaming.sources.digests import DigestCache
 from outgrow.streaming.store import Progress
 from outgrow.streaming.tokenise import held_out
 from outgrow.streaming.tokenizer import TextTokenizer, train
@@ -274,15 +276,40 @@ def test_a_disk_without_room_is_refused_with_figures_before_a_shard_is_written(
 
 
 def test_the_forecast_of_room_is_near_the_truth(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    from outgrow.streaming.sampling import forecast_bytes
-    from outgrow.streaming.sources import open_source
-    from outgrow.streaming.sources.digests import DigestCache
-
     site = make_site(tmp_path, **inputs)
     card = build(recipe_of(), site).card
     written = sum(path.stat().st_size for path in stored(site, card.store).glob("streams/*/*/*.mds"))
     opened = tuple(open_source(stream, site, DigestCache(tmp_path / "cache")) for stream in recipe_of().data.streams)
     assert written < forecast_bytes(opened, TextTokenizer(stored(site, card.store) / "tokenizer")) < 1.4 * written
+
+
+def sampled(root: Path, limit_bytes: int, **folders: Path) -> list[str]:
+    site = make_site(root, **folders)
+    streams = make_recipe(*(text_stream(name) for name in folders)).data.streams
+    return list(sample_texts([open_source(stream, site, DigestCache(root / "cache")) for stream in streams], limit_bytes))
+
+
+def test_a_tokenizer_is_trained_on_the_same_share_of_every_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 5000)
+    small, large = write_texts(tmp_path / "small", 20), write_texts(tmp_path / "large", 80)
+    for path in small.iterdir():
+        path.write_text("S" + path.read_text())
+    texts = sampled(tmp_path, 10_000, small=small, large=large)
+    sizes = [sum(len(t) for t in texts if t.startswith("S")), sum(len(t) for t in texts if not t.startswith("S"))]
+    assert 9_000 < sum(sizes) <= 10_000
+    assert 0.15 < sizes[0] / sum(sizes) < 0.25
+    assert len(texts) > 15  # from all over the folders, not from their first files alone
+    assert texts == sampled(tmp_path, 10_000, small=small, large=large)
+
+
+def test_all_text_is_sampled_where_the_limit_allows(tmp_path: Path) -> None:
+    """Also where it is longer in UTF-8 than in its file."""
+    (tmp_path / "ru").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "ru" / name).write_bytes(
+            ("Москва - столица России, население города растёт. " * 20 + name).encode("cp1251")
+        )
+    assert [text[-5:] for text in sampled(tmp_path, 100_000, ru=tmp_path / "ru")] == ["a.txt", "b.txt"]
 
 
 def test_a_stream_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:

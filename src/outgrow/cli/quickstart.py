@@ -26,7 +26,7 @@ def quickstart(
     site: SiteOption = None,
 ) -> None:
     """Build a dataset from Python's own library, train a small Llama on 2 Ray workers, export it, and let it write."""
-    path = recipe or Path(str(files("outgrow.recipes") / "presets" / "quickstart.yaml"))
+    path = recipe or Path(str(files("outgrow.recipes") / "presets" / "quickstart.yaml")).resolve()
     words = ["--site", str(site)] if site else []
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     _command("plan", str(shown), "--workers", str(_WORKERS), *words)
