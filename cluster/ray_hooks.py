@@ -1,4 +1,4 @@
-"""What outgrow adds to Ray Train's controller: how a group of ranks finds its network, and which errors end a run at once."""
+"""What outgrow changes in Ray Train: who answers Ctrl-C, how ranks find their network, which errors end a run at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import get_node_ip_address
 
 from outgrow.cluster.ray_worker import Progress
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
 _TorchBackend: Any = TorchConfig().backend_cls
+
+
+class Trainer(TorchTrainer):
+    """``TorchTrainer`` that leaves Ctrl-C alone: ``KeyboardInterrupt`` comes out of ``fit`` at once."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Not Ray Train's handler: it waits until the group has started, and then ends the process with code 0."""
 
 
 class GroupConfig(TorchConfig):

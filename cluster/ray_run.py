@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -63,16 +62,10 @@ def _fit(trainer: TorchTrainer) -> JsonDict:
     import ray
     from ray.train import TrainingFailedError
 
-    before = signal.getsignal(signal.SIGINT)
     try:
         result: Any = trainer.fit()  # a Result of V2, typed as that of V1
-    except SystemExit:
-        # Ray Train takes over Ctrl-C while it runs: it ends the ranks, then the process.
-        raise KeyboardInterrupt from None
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise _ours(error) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
     if result.return_value is None:
         raise TrainingError("Ray Train ended without a result of rank 0")
     return cast(JsonDict, result.return_value)
@@ -130,14 +123,13 @@ class _Watch(threading.Thread):
 
 def _trainer(job: JobSpec, train_worker: TrainWorker, progress: ActorHandle[Progress], scratch: Path) -> TorchTrainer:
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    from outgrow.cluster.ray_hooks import FinalErrors, GroupConfig
+    from outgrow.cluster.ray_hooks import FinalErrors, GroupConfig, Trainer
 
     on_gpu = job.device == "cuda"
     # Bound here, not given as train_loop_config: the job holds the site's secrets, and Ray shows the configuration of a run.
     rank: Callable[[], Any] = functools.partial(run_rank, job, train_worker, progress)
-    return TorchTrainer(
+    return Trainer(
         rank,
         torch_config=GroupConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(

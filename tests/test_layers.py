@@ -92,6 +92,13 @@ def test_trainers_import_neither_streaming_nor_ray_at_module_level() -> None:
             assert not name.startswith("outgrow.streaming"), path
 
 
+def test_transformers_is_imported_where_it_can_be() -> None:
+    """``trainers.models`` first makes torchvision importable beside a CPU build of torch; all else comes after."""
+    for unit, path in units():
+        if not path.is_relative_to(ROOT / "trainers/models"):
+            assert not [name for name in module_level_imports(path) if name.startswith("transformers")], f"{unit}: {path}"
+
+
 def test_contracts_import_nothing_heavy() -> None:
     code = "import outgrow.contracts, outgrow.errors, sys; print([m for m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

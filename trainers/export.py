@@ -11,11 +11,10 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PretrainedConfig
 
 from outgrow.contracts import ExportManifest
 from outgrow.errors import ModelError, PlanError
@@ -23,6 +22,9 @@ from outgrow.storage import Storage, nearest_folder, sync_folder, sync_tree, tre
 from outgrow.trainers.models.build import meta_model
 from outgrow.trainers.models.weights import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, read_manifest
 from outgrow.trainers.regions import Region, TensorSource
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ExportDtype: TypeAlias = Literal["fp32", "bf16"]
 DTYPES: Mapping[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,6 +150,8 @@ def _whole(source: TensorSource, name: str) -> torch.Tensor:
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dtype: torch.dtype) -> None:
     """``config.json`` and ``generation_config.json``; the cache, off in training, is on again."""
+    from transformers import GenerationConfig
+
     written = copy.deepcopy(config)
     written.architectures = [architecture]
     written.dtype = dtype

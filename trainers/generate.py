@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from outgrow.errors import ModelError
 from outgrow.storage import verify_tree
 from outgrow.trainers.models.build import folder_config
 from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.weights import FolderWeights, read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -46,6 +49,8 @@ def generate(
 
 def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model (float32 on a CPU, else the folder's dtype) and its tokenizer. Weights in pickle files are refused."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     manifest = read_manifest(folder)
     if manifest is not None:
         verify_tree(folder, manifest.files)

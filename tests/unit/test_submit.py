@@ -94,7 +94,9 @@ def test_the_sent_package_works_on_its_own(tmp_path: Path) -> None:
     recipe.write_text(RECIPE)
     (tmp_path / "parcel").mkdir()
     parcel = pack(tmp_path / "parcel", recipe=recipe, site={}, overrides=[], flags=[])
-    code = "import pathlib, outgrow.recipes.loading as l; print(l.__file__); print(l.load(pathlib.Path('recipe.yaml')).run.name)"
+    code = (
+        "import pathlib, outgrow.recipes.loading as l; print(l.__file__); print(l.load(pathlib.Path('recipe.yaml')).run.name)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=parcel.working_folder,
