@@ -7,13 +7,14 @@ as it can be. Restarts append to the same file, so a step that was trained twice
 
 from __future__ import annotations
 
+import errno
 import json
 import queue
 import threading
 import time
 from collections.abc import Iterator
+from io import SEEK_END, FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from outgrow.contracts import StepRecord
 from outgrow.storage import Storage
@@ -73,7 +74,8 @@ class EventLog:
             try:
                 sink.append(b"".join(pending), last=closing)
                 pending = []
-            except OSError:
+            except Exception:
+                # Whatever a store's client raises: the thread must outlive it. The records stay, and are tried again.
                 self.dropped += max(0, len(pending) - QUEUE_RECORDS)
                 pending = pending[-QUEUE_RECORDS:]
                 if closing:
@@ -99,17 +101,22 @@ class _LocalSink:
     def append(self, data: bytes, *, last: bool) -> None:
         if not data:
             return
-        with open(self._path, "ab+") as file:
+        with open(self._path, "ab+", buffering=0) as file:
             if not self._whole:
                 self._end_torn_line(file)
-            file.write(data)
+            self._whole = False
+            size = file.tell()
+            if file.write(data) != len(data):
+                # A full disk took a part of it: nothing of it must stay, as all of it is written again.
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, "no room for the record of the run", str(self._path))
         self._whole = True
 
     @staticmethod
-    def _end_torn_line(file: BinaryIO) -> None:
+    def _end_torn_line(file: FileIO) -> None:
         """A process that was killed while it wrote leaves half a line; the next record must not grow onto it."""
-        if file.tell() > 0:
-            file.seek(-1, 2)
+        if file.seek(0, SEEK_END) > 0:
+            file.seek(-1, SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
 
@@ -131,10 +138,10 @@ class _ObjectSink:
             size = len(self._content)
             try:
                 self._storage.write(self._key, bytes(self._content))
-            except OSError:
+            except Exception:
                 if last:
                     raise
-                return
+                return  # tried again with the next upload
             self._uploaded = size
 
 

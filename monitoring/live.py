@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TextIO
 
@@ -19,6 +20,8 @@ class LiveLine:
     def show(self, record: StepRecord) -> None:
         text = describe(record)
         if self._terminal and record.kind == "step":
+            # A line that wraps could not be drawn over.
+            text = text[: shutil.get_terminal_size().columns - 1]
             self._stream.write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:

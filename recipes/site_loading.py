@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import sysconfig
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
-from outgrow.errors import Problem, SiteError
+from outgrow.errors import Problem, RecipeError, SiteError
 from outgrow.recipes.explain import explain, in_order
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.data import FolderTokenizer, JsonlSource, MdsSource, TextSource
@@ -20,7 +21,7 @@ from outgrow.recipes.schema.model import FolderModel
 from outgrow.recipes.schema.section import Mark
 from outgrow.recipes.schema.site import SECRET_NAME, Site
 from outgrow.recipes.schema_types import follow
-from outgrow.recipes.yaml_marks import Document, KeyPath, key_text, read, strings
+from outgrow.recipes.yaml_marks import Document, KeyPath, key_path, key_text, read, strings
 
 STANDARD_LIBRARY = "python-stdlib"
 """The one source that every site has: the library of the Python that is running."""
@@ -52,7 +53,7 @@ def load_site(path: Path | None) -> Site:
     except ValidationError as error:
         problems += explain(error, document, Site)
     if problems:
-        raise SiteError(in_order(problems, document))
+        raise SiteError([_without_values(problem, document) for problem in in_order(problems, document)])
     return _with_folders(site, Path.cwd() if path is None else path.absolute().parent)
 
 
@@ -61,7 +62,7 @@ def bind(site: Site, recipe: Recipe, recipe_path: Path) -> Site:
 
     A name that the site does not know is a path relative to the recipe. Raises ``SiteError`` with all that are neither.
     """
-    sources, problems = dict(site.sources), list[Problem]()
+    sources, missing = dict(site.sources), list[tuple[str, str]]()
     folder = recipe_path.absolute().parent
     known = ", ".join(sorted(site.sources))
     for key, name in recipe_names(recipe):
@@ -71,9 +72,10 @@ def bind(site: Site, recipe: Recipe, recipe_path: Path) -> Site:
         if path.exists():
             sources[name] = str(path)
         else:
-            message = f"no source '{name}', and nothing at {path}; known: {known}"
-            problems.append(Problem(where=str(recipe_path), key=key, message=message))
-    if problems:
+            missing.append((key, f"no source '{name}', and nothing at {path}; known: {known}"))
+    if missing:
+        document = read(recipe_path, RecipeError)
+        problems = [Problem(where=document.where(key_path(key)), key=key, message=message) for key, message in missing]
         raise SiteError(problems, hint="add them under sources: in site.yaml, each as name: /folder")
     return site.model_copy(update={"sources": sources})
 
@@ -120,13 +122,24 @@ def _wrong_variable(text: str, marks: frozenset[Mark], environment: Mapping[str,
     return "" if text.count("${") == len(_VARIABLE.findall(text)) else "'${' is not closed; allowed: ${env:NAME}"
 
 
+def _without_values(problem: Problem, document: Document) -> Problem:
+    """The problem with the values of environment variables taken out again: what they hold is never shown."""
+    message = problem.message
+    for _, text in strings(document.data):
+        for inside in _VARIABLE.findall(text):
+            value = os.environ.get(inside.removeprefix("env:"))
+            message = message.replace(value, f"${{{inside}}}") if value else message
+    return dataclasses.replace(problem, message=message)
+
+
 def _with_folders(site: Site, folder: Path) -> Site:
     """The site with ``~`` and paths relative to ``folder`` made absolute, and the built-in source added."""
     data = site.model_dump(by_alias=True)
     for path, text in strings(data):
         place = follow(Site, path)
         if place.holds is not None and Mark.LOCATION in place.holds.marks and "://" not in text:
-            _set(data, path, os.path.normpath(folder / Path(text).expanduser()))
+            # os.path leaves a ``~name`` that no user has as it is, a folder of that name.
+            _set(data, path, os.path.normpath(folder / os.path.expanduser(text)))
     data["sources"].setdefault(STANDARD_LIBRARY, sysconfig.get_path("stdlib"))
     return Site.model_validate(data)
 

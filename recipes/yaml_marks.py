@@ -61,7 +61,7 @@ def key_text(path: KeyPath) -> str:
 
 def key_path(key: str) -> KeyPath:
     """``streams[0].name`` and ``streams.0.name`` as a key path."""
-    return tuple(int(part) if part.isdigit() else part for part in key.replace("[", ".").replace("]", "").split(".") if part)
+    return tuple(int(part) if part.isdecimal() else part for part in key.replace("[", ".").replace("]", "").split(".") if part)
 
 
 def read(path: Path, error: type[RecipeError] | type[SiteError]) -> Document:

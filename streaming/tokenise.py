@@ -70,7 +70,7 @@ class Tokenise:
         return TokenBlock(
             stream=stream,
             num_bytes=unit.num_bytes,
-            tokens=np.concatenate([np.empty(0, self._tokenizer.dtype), *tokens]),
+            tokens=tokens[0] if len(tokens) == 1 else np.concatenate([np.empty(0, self._tokenizer.dtype), *tokens]),
             lengths=np.array([len(part) for part in tokens], np.int64),
             validation=tuple(validation),
             sources=tuple(sources),
@@ -79,42 +79,34 @@ class Tokenise:
         )
 
     def _encode(self, documents: list[Document]) -> list[Tokens]:
-        texts = [document.text for document in documents if document.text is not None]
-        encoded = iter(self._tokenizer.encode(texts))
-        return [
-            self._ended(next(encoded)) if document.token_ids is None else self._ended(self._checked(document))
-            for document in documents
-        ]
-
-    def _ended(self, tokens: Tokens) -> Tokens:
-        """The document's tokens with the end-of-text token after them, once."""
-        eos = self._tokenizer.eos_token_id
-        return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, self._tokenizer.dtype.type(eos))
+        encoded = iter(self._tokenizer.encode([document.text for document in documents if document.text is not None]))
+        return [self._checked(document) if document.token_ids is not None else next(encoded) for document in documents]
 
     def _checked(self, document: Document) -> Tokens:
-        """The token ids that a document came with."""
-        assert document.token_ids is not None
-        if (
-            len(document.token_ids)
-            and not 0 <= document.token_ids.min() <= document.token_ids.max() < self._tokenizer.vocab_size
-        ):
+        """The token ids that a document came with, and the end-of-text token unless it ends with that."""
+        token_ids, eos = document.token_ids, self._tokenizer.eos_token_id
+        assert token_ids is not None
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._tokenizer.vocab_size:
             raise DataError(
-                f"token ids from {document.token_ids.min()} to {document.token_ids.max()} are not of this tokenizer "
+                f"token ids from {token_ids.min()} to {token_ids.max()} are not of this tokenizer "
                 f"({self._tokenizer.vocab_size:,} tokens)",
                 where=document.source,
                 hint="set data.tokenizer to the folder of the tokenizer that made them",
             )
-        return document.token_ids.astype(self._tokenizer.dtype)
+        tokens: Tokens = token_ids.astype(self._tokenizer.dtype)
+        return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, self._tokenizer.dtype.type(eos))
 
 
 def held_out(document: Document, fraction: float) -> bool:
     """Whether a document is validated on: by the digest of its content, so equal documents are on the same side."""
+    content = hashlib.sha256()
     if document.text is not None:
-        content: bytes | memoryview = document.text.encode()
+        for start in range(0, len(document.text), _BATCH_CHARS):  # in parts: no second copy of a long text
+            content.update(document.text[start : start + _BATCH_CHARS].encode())
     else:
         assert document.token_ids is not None
-        content = document.token_ids.astype("<i8").data
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < fraction * 2**64
+        content.update(document.token_ids.astype("<i8").data)
+    return int.from_bytes(content.digest()[:8], "big") < fraction * 2**64
 
 
 def _batches(documents: Iterable[Document | Skipped], skipped: Counter[SkipReason]) -> Iterator[list[Document]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -69,17 +70,19 @@ class TextTokenizer:
         self.eos_token_id = self._end_of_text()
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids of each text, ``dtype`` [n], without the end-of-text token.
+        """Token ids of each text, ``dtype`` [n], the last of them the end-of-text token.
 
         A text of more than ``PIECE_CHARS`` is encoded in pieces. Byte-level tokenizers give the same tokens as for the whole
         where the text has spaces or lines; others may differ at the cuts.
         """
-        encoded: list[list[Tokens]] = [[] for _ in texts]
+        token_ids = [array(self.dtype.char) for _ in texts]
         for batch in _batches(texts):
-            found = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
-            for (number, _), encoding in zip(batch, found, strict=True):
-                encoded[number].append(np.array(encoding.ids, self.dtype))
-        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in encoded]
+            encoded = self._tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (number, _), encoding in zip(batch, encoded, strict=True):
+                token_ids[number].extend(encoding.ids)
+        for own in token_ids:
+            own.append(self.eos_token_id)
+        return [np.frombuffer(own, self.dtype) for own in token_ids]
 
     def decode(self, token_ids: npt.NDArray[np.integer[Any]]) -> str:
         """The text of token ids, special tokens shown."""

@@ -97,7 +97,7 @@ def _existing(out: Path, *, dtype: str, run: str, step: int, checkpoint_digest: 
     manifest = read_manifest(out) if out.is_dir() else None
     wanted = (dtype, run, step, checkpoint_digest)
     if manifest is None or (manifest.dtype, manifest.run, manifest.step, manifest.checkpoint_digest) != wanted:
-        raise ModelError("there is something else here already", where=str(out), hint="choose another folder with --out")
+        raise ModelError("there is something else here already", where=str(out), hint="choose another folder")
     verify_tree(out, manifest.files)
     return manifest
 

@@ -16,7 +16,7 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Location = Annotated[str, Mark.LOCATION]
 
-SECRET_NAME = re.compile("key|secret|token|password", re.IGNORECASE)
+SECRET_NAME = re.compile("key|secret|token|passw|credential|connection_string", re.IGNORECASE)
 """Names of options whose text is a secret."""
 
 
@@ -69,9 +69,16 @@ class Site(Section):
             yield "cache", f"given '{self.cache}'; allowed: a local folder"
 
     def open_storage(self) -> Storage:
-        """The root of datasets and runs."""
+        """The root of datasets and runs. Raises ``SiteError`` where fsspec cannot open such a URL."""
         options = {k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in self.storage_options.items()}
-        return Storage(self.storage, options)
+        try:
+            return Storage(self.storage, options)
+        except (ValueError, ImportError) as error:
+            protocol = self.storage.partition("://")[0]
+            raise SiteError(
+                f"storage: a URL that begins with {protocol}:// cannot be opened here: {error}",
+                hint="give a folder, or install the fsspec package of that store (pip install 'outgrow[s3]' for s3://)",
+            ) from None
 
     def locate(self, name: str) -> str:
         """The folder of a name that a recipe uses. Raises ``SiteError`` where the site does not know it.

@@ -27,25 +27,24 @@ def decode(data: bytes, encoding: str) -> tuple[str, str]:
 
     Raises ``UndecodableError`` where the codec does not fit, and under ``auto`` where more than one might.
     """
-    if encoding == "auto":
-        encoding = _detect(data)
+    if encoding != "auto":
+        return _decode(data, encoding)
+    for mark, marked in _MARKS:
+        if data.startswith(mark):
+            return _decode(data, marked)
+    if b"\0" in data:
+        raise UndecodableError("it holds zero bytes: not text, or UTF-16 without a byte order mark")
+    try:
+        return data.decode(), "utf-8"
+    except UnicodeDecodeError:
+        return _decode(data, _guess(data[:_SAMPLE_BYTES]))
+
+
+def _decode(data: bytes, encoding: str) -> tuple[str, str]:
     try:
         return data.decode(encoding), encoding
     except UnicodeDecodeError as error:
         raise UndecodableError(f"byte {error.start} is not {encoding}: {error.reason}") from None
-
-
-def _detect(data: bytes) -> str:
-    for mark, encoding in _MARKS:
-        if data.startswith(mark):
-            return encoding
-    if b"\0" in data:
-        raise UndecodableError("it holds zero bytes: not text, or UTF-16 without a byte order mark")
-    try:
-        codecs.utf_8_decode(data, "strict", True)
-    except UnicodeDecodeError:
-        return _guess(data[:_SAMPLE_BYTES])
-    return "utf-8"
 
 
 def _guess(sample: bytes) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import resource
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.contracts import StepRecord
+from outgrow.monitoring import events
 from outgrow.monitoring.events import EventLog, read_events
 from outgrow.monitoring.live import describe, duration
 from outgrow.storage import Storage
@@ -62,7 +64,44 @@ def test_a_storage_that_never_answers_does_not_hold_the_run(tmp_path: Path) -> N
     started = time.monotonic()
     log.close(timeout_s=3.0)
     assert time.monotonic() - started < 10
-    assert threading.active_count() >= 1
+
+
+def test_a_disk_that_fills_half_way_through_a_line_costs_no_record(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("r/run.json", b"{}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    log = EventLog(storage, "r")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        for step in range(20):
+            log.write(record(step))
+        time.sleep(0.5)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [r.step for r in read_events(storage, "r")] == list(range(20))
+
+
+def test_whatever_a_store_raises_the_log_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"memory://{uuid.uuid4().hex}")
+    write, failures = storage.write, [RuntimeError("no endpoint"), RuntimeError("no credentials")]
+
+    def fails_twice(key: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        write(key, data)
+
+    monkeypatch.setattr(storage, "write", fails_twice)
+    monkeypatch.setattr(events, "UPLOAD_INTERVAL_S", 0.01)
+    log = EventLog(storage, "r")
+    for step in range(5):
+        log.write(record(step))
+        time.sleep(0.1)
+    log.close()
+    assert [r.step for r in read_events(storage, "r")] == list(range(5))
 
 
 def test_a_line_for_a_person() -> None:

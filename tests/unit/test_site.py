@@ -123,6 +123,19 @@ def test_a_secret_is_seen_nowhere_but_in_the_plain_data(tmp_path: Path, monkeypa
     assert on_a_worker == site
 
 
+def test_what_an_environment_variable_holds_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "hunter2")
+    with pytest.raises(SiteError) as caught:
+        load_site(write(tmp_path / "site.yaml", "cache: 'http://${env:THE_KEY}'"))
+    assert "http://${env:THE_KEY}" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_storage_that_fsspec_cannot_open_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="a URL that begins with s4:// cannot be opened here"):
+        load_site(write(tmp_path / "site.yaml", "storage: s4://bucket")).open_storage()
+
+
 def test_names_become_folders(tmp_path: Path) -> None:
     write(tmp_path / "recipes/more/lines.jsonl", "")
     site = Site(sources={"texts": "/data/texts", "base": "s3://bucket/base", "other": "/other"})
@@ -142,13 +155,21 @@ def test_a_name_of_the_site_wins_over_a_folder_beside_the_recipe(tmp_path: Path)
 
 
 def test_names_that_lead_nowhere_are_all_listed(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
+    lines = [
+        "model: {path: base}",
+        "data:",
+        "  tokenizer: {path: base}",
+        "  streams: [",
+        "    {source: {path: texts}},",
+        "    {source: {path: more/lines.jsonl}}]",
+    ]
+    path = write(tmp_path / "recipe.yaml", "\n".join(lines))
     with pytest.raises(SiteError) as caught:
         bind(Site(sources={"texts": "/data/texts", "books": "/data/books"}), recipe(), path)
     assert str(caught.value) == (
-        f"{path}: model.path: no source 'base', and nothing at {tmp_path}/base; known: books, texts\n"
-        f"{path}: data.tokenizer.path: no source 'base', and nothing at {tmp_path}/base; known: books, texts\n"
-        f"{path}: data.streams[1].source.path: no source 'more/lines.jsonl', and nothing at {tmp_path}/more/lines.jsonl; "
+        f"{path}:1: model.path: no source 'base', and nothing at {tmp_path}/base; known: books, texts\n"
+        f"{path}:3: data.tokenizer.path: no source 'base', and nothing at {tmp_path}/base; known: books, texts\n"
+        f"{path}:6: data.streams[1].source.path: no source 'more/lines.jsonl', and nothing at {tmp_path}/more/lines.jsonl; "
         "known: books, texts\n"
         "  add them under sources: in site.yaml, each as name: /folder"
     )

@@ -55,4 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:
+        if "--debug" in words:
+            raise
+        typer.echo(f"error: {error}\n  --debug shows where", err=True)
+        sys.exit(1)
     sys.exit(code)

@@ -47,6 +47,8 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
     from outgrow.cluster.ray_environment import driver_environment
     from outgrow.trainers.models.build import facts
 
+    if card is not None:
+        _check_tokenizer(opened, card)
     embedded = target.address is None
     return make_plan(
         opened.recipe,
@@ -58,6 +60,17 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
         environment=driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ),
         cluster=target.address,
     )
+
+
+def _check_tokenizer(opened: Opened, card: DatasetCard) -> None:
+    """Raises ``DataError`` where the model to go on from brings another tokenizer than the one that built the dataset."""
+    from outgrow.recipes.schema.model import FolderModel
+    from outgrow.streaming.tokenizer import check_tokenizer
+
+    if isinstance(opened.recipe.model, FolderModel):
+        folder = Path(opened.site.locate(opened.recipe.model.path))
+        if (folder / "tokenizer.json").is_file():
+            check_tokenizer(card, folder)
 
 
 def _room(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> int | None:

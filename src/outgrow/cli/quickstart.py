@@ -31,11 +31,12 @@ def quickstart(
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     _command("plan", str(shown), "--workers", str(_WORKERS), *words)
     _command("data", "build", str(shown), *words)
-    _command("train", str(shown), "--workers", str(_WORKERS), *words)
     opened = open_recipe(path, (), site)
+    _check_held_out(opened)
+    _command("train", str(shown), "--workers", str(_WORKERS), *words)
     card, folder = _trained(opened)
     name = folder.rpartition("/")[2]
-    exported = Path(opened.site.cache) / "exports" / name
+    exported = Path(opened.site.cache) / "exports" / f"{name}-step-{_last_records(opened, folder)[0].step}"
     _command("export", name, str(exported), *words)
     _command("generate", str(exported), _PROMPT)
     typer.echo(_summary(opened, card, folder, exported))
@@ -47,6 +48,16 @@ def _command(*words: str) -> None:
     code = subprocess.run([sys.executable, "-m", "outgrow", *words], check=False).returncode
     if code:
         raise typer.Exit(code)
+
+
+def _check_held_out(opened: Opened) -> None:
+    """The summary compares losses on held-out text. Raises ``DataError`` where the dataset has none."""
+    from outgrow.errors import DataError
+    from outgrow.streaming.build import find
+
+    card = find(opened.recipe, opened.site)
+    if card is not None and not card.validation_rows:
+        raise DataError("no document is held out for validation", hint="raise data.validation_fraction, or add documents")
 
 
 def _trained(opened: Opened) -> tuple[DatasetCard, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -46,4 +47,5 @@ def show(site: SiteOption = None) -> None:
     path = find_site(site, Path.cwd())
     typer.echo(f"# {path or 'built-in defaults; outgrow site init writes a file'}")
     data = load_site(path).model_dump(mode="json", by_alias=True)
+    data["storage"] = re.sub("://[^/@]+@", "://***@", data["storage"])
     typer.echo(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), nl=False)

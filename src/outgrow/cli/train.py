@@ -212,9 +212,9 @@ def submit(
 
 def _raw_site(site: Path | None) -> dict[str, Any]:
     """The site file's data as they stand there; empty where there is no file."""
-    import yaml
-
+    from outgrow.errors import SiteError
     from outgrow.recipes.site_loading import find_site
+    from outgrow.recipes.yaml_marks import read
 
     path = find_site(site, Path.cwd())
-    return yaml.safe_load(path.read_text()) or {} if path else {}
+    return read(path, SiteError).data if path else {}
