@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import outgrow
@@ -101,7 +102,12 @@ def _check_versions(context: RayContext) -> None:
 
     mine = (
         socket.gethostname(),
-        {"python": platform.python_version(), "torch": torch.__version__, "outgrow": outgrow.__version__},
+        {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "outgrow": outgrow.__version__,
+        },
     )
     everyone: list[tuple[str, dict[str, str]]] = [mine] * context.world
     dist.all_gather_object(everyone, mine)

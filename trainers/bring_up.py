@@ -63,11 +63,10 @@ def start_engine(job: JobSpec, recipe: Recipe, layout: Layout, storage: Storage,
     site = Site.model_validate(job.site)
     config = config_for(recipe, site, job.card)
     model = meta_model(config, recipe.precision)
-    weights = first_weights(recipe, site, config, model)
     engine = make_engine(layout, recipe, model, device)
     resumed = resume(storage, job.run.folder, engine.load)
     if resumed.reader is None:
-        engine.load_model(weights)
+        engine.load_model(first_weights(recipe, site, config, model))
         return Started(engine, Progress(), resumed.refused)
     step = check_state(resumed.reader.loader_state, job)
     return Started(engine, Progress(step, resumed.reader.manifest.metrics), resumed.refused)

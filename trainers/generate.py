@@ -33,7 +33,7 @@ def generate(
             f"temperature is {temperature} and top_p {top_p}; temperature must be 0 or more, top_p above 0 and at most 1"
         )
     model, tokenizer = load(folder, device)
-    ids: list[int] = tokenizer.encode(prompt)
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
     positions = model.config.max_position_embeddings
     if not ids:
         raise ModelError("the prompt is empty; give at least one character")

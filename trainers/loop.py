@@ -14,8 +14,8 @@ from importlib.metadata import version
 
 import torch
 
-from outgrow.contracts import Context, JobSpec, Layout, Loader, StepRows, WorkerResult
-from outgrow.errors import TrainingError
+from outgrow.contracts import CheckpointRef, Context, JobSpec, Layout, Loader, StepRows, WorkerResult
+from outgrow.errors import IntegrityError, TrainingError
 from outgrow.recipes.layout import resolve, total_steps
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
@@ -24,6 +24,8 @@ from outgrow.trainers.bring_up import Started, prepare_process, start_engine, st
 from outgrow.trainers.checkpoint.catalog import newest, survey
 from outgrow.trainers.checkpoint.commit import Group, StepState
 from outgrow.trainers.checkpoint.format import step_folder
+from outgrow.trainers.checkpoint.reader import open_checkpoint
+from outgrow.trainers.checkpoint.resume import gather_texts
 from outgrow.trainers.checkpoint.retention import Retention
 from outgrow.trainers.checkpoint.saving import Checkpointer
 from outgrow.trainers.engines import Engine, StepSums
@@ -68,7 +70,7 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
     storage = Site.model_validate(job.site).open_storage()
     steps = total_steps(recipe, job.card.rows)
     with closing(Records(context, storage, job.run.folder, steps)) as records:
-        if finished := _finished(storage, job.run.folder, steps):
+        if finished := _finished(storage, job.run.folder, steps, context.rank):
             records.say("end", finished, loss=finished.validation_loss)
             return finished.result(step_folder(job.run.folder, finished.step))
         device = prepare_process(job, recipe, context.local_rank)
@@ -159,7 +161,7 @@ def _validate(run: _Run) -> float | None:
 
 
 def _not_finite(run: _Run, what: str) -> TrainingError:
-    """Equal on all ranks, as what they read is."""
+    """What every rank raises alike, once the save in flight is committed: the first to raise ends the others."""
     run.saves.wait()
     saved = newest(run.storage, run.job.run.folder)
     last = f"{saved.folder} (step {saved.step})" if saved else "none"
@@ -200,10 +202,27 @@ def _tell_saves(run: _Run) -> None:
         run.records.say("checkpoint", run.progress, detail=detail | ({"error": result.error} if result.error else {}))
 
 
-def _finished(storage: Storage, run_folder: str, steps: int) -> Progress | None:
-    """Where the run ended, if its newest checkpoint is of its last step or beyond; None where there is something to do."""
+def _finished(storage: Storage, run_folder: str, steps: int, rank: int) -> Progress | None:
+    """Where the run ended, if its newest checkpoint is of its last step or beyond, and whole; None where something is to do.
+
+    A collective: ranks end together or go on together. One of them reads the checkpoint through.
+    """
     saved = next(iter(survey(storage, run_folder).saved), None)
-    return Progress(saved.manifest.step, saved.manifest.metrics) if saved and saved.manifest.step >= steps else None
+    over = saved if saved and saved.manifest.step >= steps else None
+    views = set(gather_texts(over.ref.digest if over else ""))
+    fault = _fault(storage, over.ref) if over and rank == 0 else ""
+    if any(gather_texts(fault)) or over is None or len(views) > 1:
+        return None
+    return Progress(over.manifest.step, over.manifest.metrics)
+
+
+def _fault(storage: Storage, ref: CheckpointRef) -> str:
+    """What is wrong with a checkpoint, every byte of it read; empty where it is whole."""
+    try:
+        open_checkpoint(storage, ref).verify()
+    except (IntegrityError, FileNotFoundError) as error:
+        return str(error)
+    return ""
 
 
 def _saves(recipe: Recipe, storage: Storage, group: Group, started: Started, device: torch.device) -> Saves:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from outgrow.errors import TrainingError
 from outgrow.trainers.checkpoint.commit import StepState
 from outgrow.trainers.checkpoint.saving import Checkpointer, SaveResult
 from outgrow.trainers.engines import Engine
+
+_POLL_S = 0.05
 
 
 class Saves:
@@ -33,10 +37,10 @@ class Saves:
 
     def save_last(self, state: StepState) -> None:
         """Save and wait until it is committed. Raises ``TrainingError`` on all ranks where it was not. A collective."""
-        self._checkpointer.wait()  # so that what fails from here on is this save and not the one before
+        self.wait()  # so that what fails from here on is this save and not the one before
         before = self._checkpointer.failures
         self._checkpointer.save(self._engine.tensors(), state)
-        self._checkpointer.wait()
+        self.wait()
         if self._any_rank(self._checkpointer.failures > before):
             self._ended += self._checkpointer.results()
             reason = "; ".join(result.error for result in self._ended if result.step == state.step)
@@ -46,8 +50,12 @@ class Saves:
             )
 
     def wait(self) -> None:
-        """Returns when no save is in flight on this rank."""
-        self._checkpointer.wait()
+        """Returns when no save is in flight on any rank, rank 0's commit included. A collective.
+
+        Ranks ask each other again and again: one long collective would run into the group's timeout during a slow upload.
+        """
+        while self._any_rank(self._checkpointer.busy()):
+            time.sleep(_POLL_S)
 
     def results(self) -> list[SaveResult]:
         """The saves that ended since this was asked last."""

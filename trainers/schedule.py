@@ -53,7 +53,15 @@ def _between(first: float, last: float, t: float) -> float:
 
 
 def _custom(schedule: CustomSchedule, step: int, steps: int) -> float:
-    share = _factory(schedule.factory)(step=step, steps=steps, **schedule.options)
+    try:
+        share = _factory(schedule.factory)(step=step, steps=steps, **schedule.options)
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{schedule.factory}(step={step}, steps={steps}, **options) raised {type(error).__name__}: {error}",
+            where="schedule.factory",
+        ) from error
     if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share) or share < 0:
         raise RecipeError(
             f"{schedule.factory} returned {share!r} for step {step}; allowed: a finite number of at least 0",

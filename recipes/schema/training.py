@@ -16,7 +16,7 @@ class Run(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,60}$")
     """Lower-case letters, digits, ``-`` and ``_``; names the run folder."""
     seed: int = Field(ge=0, lt=2**32)
-    """Seed of the weights, the order of rows and dropout."""
+    """Seed of the weights and of the order of rows."""
 
 
 class NextToken(Section):

@@ -87,6 +87,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(dataset: Dataset, straight
     assert curve(dataset, "damaged") == curve(dataset, "straight")
 
 
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(dataset: Dataset, straight: RunResult) -> None:
+    ended = run(job(dataset, "mended", 6))
+    newest = dataset.root / "runs/mended" / Path(ended.worker.checkpoint).relative_to("runs/mended") / "rank-00000.safetensors"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = run(job(dataset, "mended", 6))
+    assert again.worker.train_loss == ended.worker.train_loss
+    assert newest.read_bytes() == whole
+
+
 def test_other_rows_under_the_same_run_are_refused(dataset: Dataset, straight: RunResult) -> None:
     spec = job(dataset, "straight", STEPS + 2)
     spec.recipe["batch"] = {"rows": 5}

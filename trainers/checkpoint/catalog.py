@@ -39,7 +39,10 @@ class Survey:
 
 
 def survey(storage: Storage, run_folder: str) -> Survey:
-    """All that lies in the run's checkpoint folder, each checked by marker, manifest and sizes."""
+    """All that lies in the run's checkpoint folder, each checked by marker, manifest and sizes.
+
+    Raises ``OSError`` where the storage does not answer: that says nothing about the checkpoint.
+    """
     root = f"{run_folder}/{FOLDER}"
     steps = {step: name for name in storage.names(root) if (step := step_of(name)) is not None}
     saved: list[Saved] = []
@@ -50,7 +53,7 @@ def survey(storage: Storage, run_folder: str) -> Survey:
             continue
         try:
             saved.append(examine(storage, folder))
-        except (IntegrityError, OSError) as error:
+        except (IntegrityError, FileNotFoundError) as error:
             refused.append(Refused(folder, str(error)))
     return Survey(tuple(saved), tuple(refused))
 

@@ -64,6 +64,11 @@ class CheckpointReader:
     def recipe(self) -> JsonDict:
         return self._json(RECIPE)
 
+    def verify(self) -> None:
+        """Read every file through. Raises ``IntegrityError`` where a byte differs."""
+        for file in self.manifest.files:
+            self._files.verify(file)
+
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 

@@ -71,7 +71,7 @@ def _try(storage: Storage, ref: CheckpointRef, load: Callable[[CheckpointReader]
         # Small and verified in any case, so that a fault in them is found here and not after the choice is made.
         _ = reader.loader_state, reader.recipe
         load(reader)
-    except (IntegrityError, OSError) as error:
+    except (IntegrityError, FileNotFoundError) as error:
         return None, str(error)
     return reader, ""
 

@@ -46,6 +46,12 @@ class VerifiedFiles:
     def read_all(self, file: str) -> bytearray:
         return self.read(file, 0, self.size(file))
 
+    def verify(self, file: str) -> None:
+        """Read ``file`` through, a chunk at a time. Raises ``IntegrityError`` for the first that differs."""
+        for number in range(-(-self.size(file) // self._manifest.chunk_bytes)):
+            for _ in self._chunks(file, number, number + 1):
+                pass
+
     def _chunks(self, file: str, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         """Chunks ``first`` to ``last`` (exclusive) with their numbers; neighbours that are not kept come in one request."""
         number = first

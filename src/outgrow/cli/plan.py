@@ -46,7 +46,9 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
     from outgrow.cluster.plan import make_plan
     from outgrow.cluster.ray_environment import driver_environment
     from outgrow.trainers.models.build import facts
+    from outgrow.trainers.schedule import learning_rate
 
+    learning_rate(opened.recipe, 0, 1)  # a custom schedule that cannot be called is refused here
     if card is not None:
         _check_tokenizer(opened, card)
     embedded = target.address is None
