@@ -1,8 +1,9 @@
 """``build``: from a recipe's streams to a committed token store and row index, and the card that names both.
 
 A dataset is identified by the content of its inputs and what the recipe does with them, so building twice does nothing the
-second time, on any machine. ``datasets/by-recipe/`` remembers the card of each ``data`` section: a machine that lacks the
-sources finds the dataset there. With a remote ``storage`` the dataset is built in ``Site.cache`` and then uploaded.
+second time, on any machine. ``datasets/by-recipe/`` remembers cards by that identity, and by the text of the ``data`` section:
+a machine that lacks the sources finds the dataset by the latter. With a remote ``storage`` the dataset is built in
+``Site.cache`` and then uploaded.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from outgrow.errors import DataError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.data import CustomSource, Data, FolderTokenizer, TrainTokenizer
 from outgrow.recipes.schema.site import Site
-from outgrow.storage import Storage, fingerprint, sync_folder
+from outgrow.storage import Storage, fingerprint
 from outgrow.streaming import rows
-from outgrow.streaming.aside import aside_folder, remove_abandoned
+from outgrow.streaming.aside import aside_folder, put_in_place, remove_abandoned
 from outgrow.streaming.manifest import FILES, MARKER, is_committed, read_manifest
 from outgrow.streaming.sampling import forecast_bytes, sample_texts
 from outgrow.streaming.sources import Source, open_source
@@ -55,12 +56,16 @@ def silent(progress: Progress) -> None:
 def find(recipe: Recipe, site: Site) -> DatasetCard | None:
     """The card of the dataset of this recipe, None where it is not built or its sources have changed since.
 
-    Where the sources are not on this machine, the dataset that was built from the same ``data`` section counts.
+    Where the sources are not on this machine, the dataset that was built from the same ``data`` section counts. Where none was
+    built from that section, the sources are not read.
     """
-    card = _remembered(site.open_storage(), recipe)
-    if card is None or _absent_sources(recipe.data, site):
-        return card
-    return card if card.store_fingerprint == _identity(recipe.data, site, _open_sources(recipe.data, site)) else None
+    storage = site.open_storage()
+    if not storage.exists(_section_key(recipe)):
+        return None
+    if _absent_sources(recipe.data, site):
+        return _remembered(storage, _section_key(recipe))
+    identity = _identity(recipe.data, site, _open_sources(recipe.data, site))
+    return _remembered(storage, _content_key(recipe, identity))
 
 
 def build(recipe: Recipe, site: Site, *, progress: Report = silent) -> BuildResult:
@@ -78,29 +83,42 @@ def build(recipe: Recipe, site: Site, *, progress: Report = silent) -> BuildResu
 
 def _build(recipe: Recipe, site: Site, progress: Report) -> BuildResult:
     storage = site.open_storage()
-    card = _remembered(storage, recipe)
-    if card is not None and (absent := _absent_sources(recipe.data, site)):
-        note = f"{', '.join(absent)} not on this machine; using dataset {card.store}, built from the same data section"
-        return BuildResult(card=card, built=False, note=note)
+    before = _remembered(storage, _section_key(recipe))
+    if before is not None and (absent := _absent_sources(recipe.data, site)):
+        note = f"{', '.join(absent)} not on this machine; using dataset {before.store}, built from the same data section"
+        return BuildResult(card=before, built=False, note=note)
     progress(Progress(stage="inputs"))
     sources = _open_sources(recipe.data, site)
     identity = _identity(recipe.data, site, sources)
-    if card is not None and card.store_fingerprint == identity:
-        return BuildResult(card=card, built=False, note=f"nothing to do: dataset {card.store} is up to date")
+    card = _remembered(storage, _content_key(recipe, identity))
+    if card is not None:
+        if card != before:
+            storage.write_json(_section_key(recipe), card.to_dict())
+        return BuildResult(card=card, built=False, note=_up_to_date(card))
 
     local = storage if storage.is_local else Storage(site.cache)
     store = f"datasets/{identity[:16]}"
     new_store = _ensure_store(Path(local.path(store)), recipe.data, site, sources, identity, progress)
-    card = _ensure_index(local, store, recipe, progress)
+    index = f"{store}/rows-{_index_identity(recipe, identity)[:16]}"
+    new_index = not is_committed(Path(local.path(index)))
+    card = _ensure_index(local, store, index, recipe, progress)
     if not storage.is_local:
         for key in (card.store, card.index):
             _upload(Path(local.path(key)), storage, key, progress)
-    storage.write_json(_pointer(recipe), card.to_dict())
-    return BuildResult(card=card, built=True, note=_note(card, recipe.data, new_store))
+    for key in (_content_key(recipe, identity), _section_key(recipe)):
+        storage.write_json(key, card.to_dict())
+    if storage.is_local and not new_store and not new_index:  # another build made them meanwhile, or died before this line
+        return BuildResult(card=card, built=False, note=_up_to_date(card))
+    done = "built" if new_store else "indexed anew" if new_index else "uploaded"
+    return BuildResult(card=card, built=True, note=_note(done, card, recipe.data))
 
 
-def _note(card: DatasetCard, data: Data, new_store: bool) -> str:
-    note = f"{'built' if new_store else 'indexed anew'} dataset {card.store}"
+def _up_to_date(card: DatasetCard) -> str:
+    return f"nothing to do: dataset {card.store} is up to date"
+
+
+def _note(done: str, card: DatasetCard, data: Data) -> str:
+    note = f"{done} dataset {card.store}"
     unvalidated = [stream.name for stream in card.streams if not stream.validation_documents]
     if data.validation_fraction and unvalidated:
         note += f"; too few documents to hold one out for validation: {', '.join(unvalidated)}"
@@ -138,11 +156,7 @@ def _ensure_store(target: Path, data: Data, site: Site, sources: dict[str, Sourc
         tokenizer = _make_tokenizer(folder / TOKENIZER, data, site, sources, progress)
         _check_room(target.parent, forecast_bytes(tuple(sources.values()), tokenizer))
         write_store(folder, data, sources, identity, processes=_processes(site, sources), report=progress)
-        if is_committed(target):  # another build of the same dataset was faster
-            return False
-        folder.rename(target)
-        sync_folder(target.parent)
-    return True
+        return put_in_place(folder, target)  # False: another build of the same dataset was faster
 
 
 def _make_tokenizer(folder: Path, data: Data, site: Site, sources: Mapping[str, Source], progress: Report) -> TextTokenizer:
@@ -175,19 +189,27 @@ def _processes(site: Site, sources: Mapping[str, Source]) -> int:
 # --- the index and the card -------------------------------------------------------------------------------------------
 
 
-def _ensure_index(local: Storage, store: str, recipe: Recipe, progress: Report) -> DatasetCard:
+def _ensure_index(local: Storage, store: str, index: str, recipe: Recipe, progress: Report) -> DatasetCard:
     """Build the row index beside the store's files unless it is there."""
     progress(Progress(stage="index"))
     folder = Path(local.path(store))
     facts = read_store(folder)
-    choices = {
+    made = rows.build_index(folder, Path(local.path(index)), **_row_choices(recipe))
+    return _card(local, store, index, facts, made)
+
+
+def _row_choices(recipe: Recipe) -> dict[str, int]:
+    """What decides the rows beside the store."""
+    return {
         "sequence_length": recipe.data.sequence_length,
         "window_shards": recipe.data.window_shards,
         "seed": recipe.run.seed,
     }
-    index = f"{store}/rows-{rows.index_fingerprint(facts.fingerprint, **choices)[:16]}"
-    made = rows.build_index(folder, Path(local.path(index)), **choices)
-    return _card(local, store, index, facts, made)
+
+
+def _index_identity(recipe: Recipe, identity: str) -> str:
+    """Fingerprint of the recipe's rows of the store ``identity``."""
+    return rows.index_fingerprint(identity, **_row_choices(recipe))
 
 
 def _card(local: Storage, store: str, index: str, facts: StoreFacts, made: rows.IndexFacts) -> DatasetCard:
@@ -237,19 +259,23 @@ def _files(folder: Path) -> list[Path]:
 # --- storage ----------------------------------------------------------------------------------------------------------
 
 
-def _pointer(recipe: Recipe) -> str:
+def _content_key(recipe: Recipe, identity: str) -> str:
+    """Where the card of the store ``identity`` with the recipe's rows is remembered."""
+    return f"datasets/by-recipe/{_index_identity(recipe, identity)}.json"
+
+
+def _section_key(recipe: Recipe) -> str:
     """Where the card of this ``data`` section and seed is remembered; reading ahead changes no row."""
     section = recipe.data.model_dump(mode="json", exclude={"loader_workers"})
     key = fingerprint({"data": section, "seed": recipe.run.seed, "formats": [FORMAT, rows.FORMAT]})
     return f"datasets/by-recipe/{key}.json"
 
 
-def _remembered(storage: Storage, recipe: Recipe) -> DatasetCard | None:
-    """The card of an earlier build of the same section, if its store and index are still there."""
-    pointer = _pointer(recipe)
-    if not storage.exists(pointer):
+def _remembered(storage: Storage, key: str) -> DatasetCard | None:
+    """The card that an earlier build left at ``key``, if its store and index are still there."""
+    if not storage.exists(key):
         return None
-    card = DatasetCard.from_dict(storage.read_json(pointer))
+    card = DatasetCard.from_dict(storage.read_json(key))
     return card if all(storage.exists(f"{key}/{MARKER}") for key in (card.store, card.index)) else None
 
 

@@ -1,4 +1,4 @@
-"""The documents of a token store by number: token ids and loss weights, straight from checked shards."""
+"""The documents of a token store by number: token ids, origin and loss weights, straight from checked shards."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Documents:
         """Token ids, uint16 or uint32 [n]; a read-only view into the shard."""
         tokens: npt.NDArray[Any] = self._folder.column(document, "tokens")
         return tokens
+
+    def source(self, document: int) -> str:
+        """Where the document came from."""
+        source: str = self._folder.column(document, "source")
+        return source
 
     def weights(self, document: int) -> npt.NDArray[np.float32] | None:
         """Loss weight of each token as a target, float32 [n]; None where all are 1."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from outgrow.contracts import DatasetCard
 from outgrow.recipes.schema.site import Site
+from outgrow.streaming.documents import Documents
 from outgrow.streaming.fetch import local_dataset
 from outgrow.streaming.manifest import FILES, read_manifest
-from outgrow.streaming.mds import MdsFolder
 from outgrow.streaming.rows import RowIndex, Span
 from outgrow.streaming.sampler import epoch_order
 from outgrow.streaming.store import MANIFEST, TOKENIZER
 from outgrow.streaming.tokenizer import TextTokenizer
+
+_OPEN_SHARDS = 8
+"""Shards of a stream that stay mapped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +54,18 @@ def first_rows(site: Site, card: DatasetCard, num_rows: int) -> Iterator[Readabl
     digests = read_manifest(store, MANIFEST)[FILES]
     tokenizer = TextTokenizer(store / TOKENIZER)
     firsts = index.first_rows("train")
-    folders = [_folder(store, stream.name, digests) for stream in index.train]
+    sources = [Documents(store, stream.name, "train", digests, open_shards=_OPEN_SHARDS) for stream in index.train]
     for row_id in epoch_order(index, index.facts.seed, 0)[:num_rows].tolist():
         number = int(firsts.searchsorted(row_id, "right")) - 1
-        stream, folder = index.train[number], folders[number]
-        segments = [_segment(folder, span, tokenizer) for span in stream.spans(row_id - int(firsts[number]))]
+        stream, documents = index.train[number], sources[number]
+        segments = [_segment(documents, span, tokenizer) for span in stream.spans(row_id - int(firsts[number]))]
         yield ReadableRow(row_id=row_id, stream=stream.name, segments=tuple(segments))
 
 
-def _folder(store: Path, stream: str, digests: Mapping[str, str]) -> MdsFolder:
-    below = f"streams/{stream}/train/"
-    own = {key.removeprefix(below): value for key, value in digests.items() if key.startswith(below)}
-    return MdsFolder(store / below, own)
-
-
-def _segment(folder: MdsFolder, span: Span, tokenizer: TextTokenizer) -> Segment:
-    tokens = folder.column(span.document, "tokens")
+def _segment(documents: Documents, span: Span, tokenizer: TextTokenizer) -> Segment:
+    tokens = documents.tokens(span.document)
     return Segment(
-        source=folder.column(span.document, "source"),
+        source=documents.source(span.document),
         start=span.start,
         length=span.length,
         document_tokens=len(tokens),

@@ -88,10 +88,6 @@ class MdsFolder:
             where = str(self.folder / shard.raw.name)
             raise DataError(f"column '{name}' of sample {row} cannot be read: {error}", where=where) from None
 
-    def sample(self, sample: int) -> dict[str, Any]:
-        """All columns of one sample."""
-        return {name: self.column(sample, name) for name in self.encodings}
-
     def _opened(self, number: int) -> _OpenShard:
         if number in self._open:
             self._open.move_to_end(number)

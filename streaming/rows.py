@@ -22,8 +22,8 @@ from safetensors.numpy import load, save_file
 
 from outgrow.contracts import Record
 from outgrow.errors import DataError, IntegrityError
-from outgrow.storage import digest, fingerprint, sync_folder
-from outgrow.streaming.aside import aside_folder, remove_abandoned
+from outgrow.storage import digest, fingerprint
+from outgrow.streaming.aside import aside_folder, put_in_place, remove_abandoned
 from outgrow.streaming.documents import Documents
 from outgrow.streaming.manifest import FILES, commit, is_committed, read_manifest
 from outgrow.streaming.shuffle import permutation
@@ -205,8 +205,8 @@ def build_index(store: Path, out: Path, *, sequence_length: int, window_shards: 
             validation=tuple(facts["validation"]),
         )
         commit(aside, INDEX_MANIFEST, made.to_dict())
-        aside.rename(out)
-        sync_folder(out.parent)
+        if not put_in_place(aside, out):  # another build of the same index was faster
+            return RowIndex.open(out).facts
     return made
 
 

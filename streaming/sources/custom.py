@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterator
 
-from outgrow.errors import DataError
+from outgrow.errors import DataError, OutgrowError
 from outgrow.recipes.schema.data import CustomSource
 from outgrow.streaming.sources.document import Document, Input
 from outgrow.streaming.sources.documents import DocumentsUnit, size_of, units_of
 
 
 class CustomDocuments:
-    """The opened source. Its one input is all that the function yields: it runs once for the digest, then for the build."""
+    """The opened source. Its one input is all that the function yields.
+
+    The function is called again for each pass: whole for the digest and for the build, and as far as they need it for the
+    tokenizer's sample and the forecast of room.
+    """
 
     def __init__(self, source: CustomSource) -> None:
         self._source = source
@@ -60,17 +63,25 @@ class CustomDocuments:
 
 
 def _call(source: CustomSource) -> Iterator[Document]:
+    """What the function yields. Raises ``DataError`` for anything that its module or the function itself raises."""
     module, _, name = source.factory.partition(":")
     try:
         factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"the source {source.factory} cannot be imported: {error}", hint="install its package") from error
-    for document in cast(Iterable[object], factory(**source.options)):
-        if not isinstance(document, Document):
-            raise DataError(
-                f"{source.factory} yielded {type(document).__name__}; it must yield outgrow.streaming.sources.Document"
-            )
-        yield document
+    except Exception as error:  # a module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{source.factory}: it cannot be imported: {reason}", hint="install or correct its package") from error
+    try:
+        for document in factory(**source.options):
+            if not isinstance(document, Document):
+                raise DataError(
+                    f"{source.factory} yielded {type(document).__name__}; it must yield outgrow.streaming.sources.Document"
+                )
+            yield document
+    except OutgrowError:
+        raise
+    except Exception as error:  # and so may the function
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{source.factory}: {reason}", hint="correct it, or the options that it is given") from error
 
 
 def open_custom(source: CustomSource) -> CustomDocuments:

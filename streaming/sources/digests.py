@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from outgrow.errors import DataError
 from outgrow.storage import file_digest
 
 _AT_REST_NS = 2_000_000_000
 """A file changed within this time of being read may change again under the same times; its digest is not remembered."""
 
+_SAVE_EVERY_S = 1.0
+"""Digests are saved this often, at the least after each file that took longer; each time syncs the disk."""
+
 _TABLE = """create table if not exists inputs (
     path text primary key, size integer, mtime_ns integer, ctime_ns integer, digest text, text_bytes integer) strict"""
+
+_SELECT = "select digest, text_bytes from inputs where path = ? and size = ? and mtime_ns = ? and ctime_ns = ?"
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,47 @@ class DigestCache:
         self._path = folder / "inputs.sqlite"
 
     def measure(self, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int]) -> list[Measured]:
-        """Digest and text size of each file, read only where no entry with its stamp is there."""
-        with closing(sqlite3.connect(self._path, timeout=60)) as database, database:
-            database.execute(_TABLE)
-            return [self._one(database, path, stamp, text_bytes) for path, stamp in files]
+        """Digest and text size of each file, read only where no entry with its stamp is there.
 
-    def _one(self, database: sqlite3.Connection, path: Path, stamp: Stamp, text_bytes: Callable[[Path], int]) -> Measured:
-        key = str(path.resolve()).encode(errors="surrogateescape").hex()
-        row = database.execute(
-            "select digest, text_bytes from inputs where path = ? and size = ? and mtime_ns = ? and ctime_ns = ?",
-            (key, stamp.size, stamp.mtime_ns, stamp.ctime_ns),
-        ).fetchone()
-        if row is not None:
-            return Measured(*row)
-        at_rest = max(stamp.mtime_ns, stamp.ctime_ns) < time.time_ns() - _AT_REST_NS
-        measured = Measured(file_digest(path), text_bytes(path))
-        if at_rest:
-            database.execute(
-                "insert or replace into inputs values (?, ?, ?, ?, ?, ?)",
-                (key, stamp.size, stamp.mtime_ns, stamp.ctime_ns, measured.digest, measured.text_bytes),
-            )
+        Raises ``DataError`` where the database is damaged or stays locked.
+        """
+        try:
+            with closing(sqlite3.connect(self._path, timeout=60)) as database:
+                return self._measure(database, files, text_bytes)
+        except sqlite3.Error as error:
+            raise DataError(
+                f"the digests of inputs cannot be kept: {error}",
+                where=str(self._path),
+                hint="remove the file when no build is running; it only saves reading unchanged inputs again",
+            ) from error
+
+    def _measure(
+        self, database: sqlite3.Connection, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int]
+    ) -> list[Measured]:
+        """The work of ``measure``; no file is read within a transaction, so that other processes get their turn."""
+        with database:
+            database.execute(_TABLE)
+        measured: list[Measured] = []
+        fresh: list[tuple[str | int, ...]] = []
+        saved = time.monotonic()
+        for path, stamp in files:
+            key = str(path.resolve()).encode(errors="surrogateescape").hex()
+            row = database.execute(_SELECT, (key, stamp.size, stamp.mtime_ns, stamp.ctime_ns)).fetchone()
+            if row is not None:
+                measured.append(Measured(*row))
+                continue
+            at_rest = max(stamp.mtime_ns, stamp.ctime_ns) < time.time_ns() - _AT_REST_NS
+            measured.append(Measured(file_digest(path), text_bytes(path)))
+            if at_rest:
+                fresh.append((key, stamp.size, stamp.mtime_ns, stamp.ctime_ns, measured[-1].digest, measured[-1].text_bytes))
+            if time.monotonic() - saved > _SAVE_EVERY_S:
+                _save(database, fresh)
+                fresh, saved = [], time.monotonic()
+        _save(database, fresh)
         return measured
+
+
+def _save(database: sqlite3.Connection, entries: Sequence[tuple[str | int, ...]]) -> None:
+    if entries:  # no lock is taken for nothing
+        with database:
+            database.executemany("insert or replace into inputs values (?, ?, ?, ?, ?, ?)", entries)

@@ -38,7 +38,7 @@ class Document:
             raise ValueError(f"document {self.source}: give either text or token_ids")
 
 
-SkipReason: TypeAlias = Literal["empty", "undecodable", "malformed"]
+SkipReason: TypeAlias = Literal["empty", "undecodable", "malformed", "missing"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 
 from outgrow.errors import DataError
+from outgrow.recipes.schema.data import OnError
 from outgrow.streaming.sources.digests import DigestCache, Stamp
-from outgrow.streaming.sources.document import Input
+from outgrow.streaming.sources.document import Input, Skipped
+from outgrow.streaming.sources.documents import DocumentsUnit, units_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +26,21 @@ class InputFile:
     stamp: Stamp
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The files that match, sorted by name, and the names of links that match and lead nowhere."""
+
+    files: tuple[InputFile, ...]
+    dangling: tuple[str, ...] = ()
+
+
 class InputFiles:
     """The files of one source below ``root`` (a folder, or a single file) that match ``include`` and not ``exclude``."""
 
-    def __init__(
-        self, stream: str, files: Sequence[InputFile], digests: DigestCache, text_bytes: Callable[[Path], int]
-    ) -> None:
+    def __init__(self, stream: str, found: Found, digests: DigestCache, text_bytes: Callable[[Path], int]) -> None:
         self.stream = stream
-        self.files = tuple(files)
+        self.files = found.files
+        self._dangling = found.dangling
         self._digests = digests
         self._text_bytes = text_bytes
 
@@ -44,6 +53,10 @@ class InputFiles:
             for file, m in zip(self.files, measured, strict=True)
         )
 
+    def skipped_units(self) -> Iterator[DocumentsUnit]:
+        """Units without a document that count the links that lead nowhere."""
+        return units_of(Skipped(source=name, reason="missing") for name in self._dangling)
+
     def check_unchanged(self) -> None:
         """Raises ``DataError`` naming the first file that was changed or removed since it was listed."""
         for file in self.files:
@@ -55,10 +68,11 @@ class InputFiles:
                 )
 
 
-def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> tuple[InputFile, ...]:
-    """The matching regular files below ``root``, sorted by name; linked folders are followed.
+def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence[str], *, on_error: OnError = "stop") -> Found:
+    """The matching regular files below ``root``; linked folders are followed.
 
-    A ``root`` that is itself a file is taken as it is. Raises ``DataError`` where nothing is there or nothing matches.
+    A ``root`` that is itself a file is taken as it is. Raises ``DataError`` where nothing is there or nothing matches, and
+    unless ``on_error`` is ``skip`` for a link that matches and leads nowhere.
     """
     if "://" in root:
         raise DataError(
@@ -67,16 +81,27 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
         )
     path = Path(root).expanduser()
     if path.is_file():
-        return (InputFile(name=_printable(path.name), path=path, stamp=Stamp.of(path)),)
+        return Found(files=(InputFile(name=_printable(path.name), path=path, stamp=Stamp.of(path)),))
     if not path.is_dir():
         raise DataError(
             f"stream '{stream}': there is no file or folder {path}", hint="give its place under sources: in site.yaml"
         )
     wanted, unwanted = [_glob(p) for p in include], [_glob(p) for p in exclude]
-    files = [
-        InputFile(name=_printable(name), path=path / name, stamp=Stamp.of(path / name))
+    names = [
+        name
         for name in _walk(path, "", frozenset())
         if any(p.fullmatch(name) for p in wanted) and not any(p.fullmatch(name) for p in unwanted)
+    ]
+    dangling = sorted({name for name in names if not os.path.exists(path / name)}, key=os.fsencode)
+    if dangling and on_error == "stop":
+        raise DataError(
+            f"stream '{stream}': the link leads to no file that can be read",
+            where=str(path / dangling[0]),
+            hint="mend or exclude it",
+        )
+    files = [
+        InputFile(name=_printable(name), path=path / name, stamp=Stamp.of(path / name))
+        for name in set(names).difference(dangling)
     ]
     if not files:
         raise DataError(
@@ -84,11 +109,17 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
             + (f" less {', '.join(exclude)}" if exclude else ""),
             hint=f"set data.streams[{stream}].source.include to patterns of the files that are there",
         )
-    return tuple(sorted(files, key=lambda file: os.fsencode(file.name)))
+    return Found(
+        files=tuple(sorted(files, key=lambda file: os.fsencode(file.name))),
+        dangling=tuple(_printable(name) for name in dangling),
+    )
 
 
 def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Names of all regular files below ``folder``; ``above`` are the folders being walked, so that a link to one ends there."""
+    """Names of all regular files and dangling links below ``folder``.
+
+    ``above`` are the folders being walked, so that a link to one ends there.
+    """
     status = folder.stat()
     key = (status.st_dev, status.st_ino)
     if key in above:
@@ -98,7 +129,9 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
     except PermissionError:
         raise DataError("the folder cannot be read", where=str(folder), hint="give yourself the right, or exclude it") from None
     for entry in entries:
-        if entry.is_dir():
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            yield prefix + entry.name
+        elif entry.is_dir():
             yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {key})
         elif entry.is_file() and stat.S_ISREG(entry.stat().st_mode):
             yield prefix + entry.name

@@ -10,7 +10,7 @@ from typing import Any
 from outgrow.errors import DataError
 from outgrow.recipes.schema.data import JsonlSource, OnError
 from outgrow.streaming.sources.digests import DigestCache
-from outgrow.streaming.sources.document import Document, Input, Skipped
+from outgrow.streaming.sources.document import Document, Input, Skipped, Unit
 from outgrow.streaming.sources.files import InputFiles, find_files
 from outgrow.streaming.sources.lines import LineBlock, line_blocks, text_bytes
 
@@ -51,7 +51,7 @@ class JsonlUnit:
 def _parse(line: bytes, text_field: str) -> tuple[str, dict[str, Any]]:
     """The text and the other keys of a line. Raises ``ValueError`` that says what is wrong with it."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8-sig"))  # strict, where json.loads(bytes) lets half surrogates pass
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON, {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
@@ -91,7 +91,8 @@ class JsonlFiles:
     def check_unchanged(self) -> None:
         self._files.check_unchanged()
 
-    def units(self) -> Iterator[JsonlUnit]:
+    def units(self) -> Iterator[Unit]:
+        yield from self._files.skipped_units()
         for file in self._files.files:
             for block in line_blocks(file.path):
                 yield JsonlUnit(name=file.name, block=block, text_field=self._source.text_field, on_error=self._source.on_error)
@@ -99,4 +100,5 @@ class JsonlFiles:
 
 def open_jsonl(stream: str, source: JsonlSource, root: str, digests: DigestCache) -> JsonlFiles:
     """The source at ``root``. Raises ``DataError`` where no file matches."""
-    return JsonlFiles(source, InputFiles(stream, find_files(stream, root, source.include, source.exclude), digests, text_bytes))
+    found = find_files(stream, root, source.include, source.exclude, on_error=source.on_error)
+    return JsonlFiles(source, InputFiles(stream, found, digests, text_bytes))

@@ -103,6 +103,12 @@ def _read(path: Path, file: BinaryIO, *, whole_line: bool) -> bytes:
     try:
         return file.readline(_READ_BYTES) if whole_line else file.read(_READ_BYTES)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        if "too much memory" in str(error):  # what zstd says of a window above its limit of 128 MiB
+            raise DataError(
+                "the zstd file needs a window of more than 128 MiB to be decompressed",
+                where=str(path),
+                hint="compress it again without --long, or with --long=27 at most",
+            ) from None
         raise DataError(f"the compressed file is damaged: {error}", where=str(path)) from None
 
 

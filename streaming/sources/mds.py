@@ -66,7 +66,7 @@ def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) ->
 
     Raises ``DataError`` where the folder has no index, a hostile one, or no integer column of that name.
     """
-    files = find_files(stream, root, ("*",), ())
+    found = find_files(stream, root, ("*",), ())
     folder = Path(root).expanduser()
     encodings = MdsFolder(folder).encodings
     if not encodings:
@@ -79,4 +79,4 @@ def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) ->
             where=str(folder),
             hint="set the source's column",
         )
-    return MdsDocuments(source, folder, InputFiles(stream, files, digests, lambda path: path.stat().st_size))
+    return MdsDocuments(source, folder, InputFiles(stream, found, digests, lambda path: path.stat().st_size))

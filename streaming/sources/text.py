@@ -10,7 +10,7 @@ from pathlib import Path
 from outgrow.errors import DataError
 from outgrow.recipes.schema.data import OnError, TextSource
 from outgrow.streaming.sources.digests import DigestCache
-from outgrow.streaming.sources.document import MAX_DOCUMENT_BYTES, UNIT_BYTES, Document, Input, Skipped
+from outgrow.streaming.sources.document import MAX_DOCUMENT_BYTES, UNIT_BYTES, Document, Input, Skipped, Unit
 from outgrow.streaming.sources.encoding import UndecodableError, decode
 from outgrow.streaming.sources.files import InputFiles, find_files
 
@@ -58,7 +58,8 @@ class TextFiles:
     def check_unchanged(self) -> None:
         self._files.check_unchanged()
 
-    def units(self) -> Iterator[TextUnit]:
+    def units(self) -> Iterator[Unit]:
+        yield from self._files.skipped_units()
         batch: list[tuple[str, Path]] = []
         num_bytes = 0
         for file in self._files.files:
@@ -82,12 +83,12 @@ def open_text(stream: str, source: TextSource, root: str, digests: DigestCache) 
         raise DataError(
             f"stream '{stream}': there is no text encoding '{source.encoding}'", hint="give a Python codec name, or auto"
         ) from None
-    files = find_files(stream, root, source.include, source.exclude)
-    for file in files:
+    found = find_files(stream, root, source.include, source.exclude, on_error=source.on_error)
+    for file in found.files:
         if file.stamp.size > MAX_DOCUMENT_BYTES:
             raise DataError(
                 f"{file.stamp.size:,} bytes are too long for one document; at most {MAX_DOCUMENT_BYTES:,}",
                 where=str(file.path),
                 hint="divide it into files, or into JSON lines (source kind jsonl)",
             )
-    return TextFiles(source, InputFiles(stream, files, digests, lambda path: path.stat().st_size))
+    return TextFiles(source, InputFiles(stream, found, digests, lambda path: path.stat().st_size))

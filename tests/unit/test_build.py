@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from text_recipes import make_recipe, make_site, text, text_stream, write_texts
 
@@ -209,6 +210,24 @@ def test_a_machine_without_the_sources_uses_the_dataset_of_the_same_section(tmp_
         build(make_recipe(text_stream(), sequence_length=64), site)
 
 
+def test_equal_sections_over_different_folders_do_not_shadow_each_other(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    other = write_texts(tmp_path / "other", 12)
+    recipe = make_recipe(text_stream())
+    here, there = make_site(tmp_path, prose=inputs["prose"]), make_site(tmp_path, prose=other)
+    first, second = build(recipe, here), build(recipe, there)
+    assert first.built and second.built and first.card.store != second.card.store
+    for site, card in ((here, first.card), (there, second.card), (here, first.card)):
+        assert find(recipe, site) == card
+        again = build(recipe, site)
+        assert (again.card, again.built) == (card, False)
+        assert "nothing to do" in again.note
+    # Also where the cards were lost, and so all that is left to do is to write them again.
+    shutil.rmtree(stored(here, "datasets/by-recipe"))
+    again = build(recipe, here)
+    assert (again.card, again.built) == (first.card, False)
+    assert "nothing to do" in again.note
+
+
 def test_a_bucket_gets_the_dataset_whole_with_its_markers_last(tmp_path: Path, inputs: dict[str, Path]) -> None:
     url = f"memory://build-{os.getpid()}"
     site = make_site(tmp_path, storage=url, **inputs)
@@ -351,10 +370,12 @@ def test_folders_of_dead_builds_are_removed_and_others_kept(tmp_path: Path) -> N
     dead = tmp_path / f".building-{host}-{process.pid}-1234"
     reused = tmp_path / f".building-{host}-{os.getpid()}-1234"
     elsewhere = tmp_path / f".building-else-where-{process.pid}-1234"
-    for folder in (dead, reused, elsewhere):
+    born = int(psutil.Process().create_time() * 1000)
+    alive = tmp_path / f".building-{host}-{os.getpid()}-{born - 900}"  # the clock was set since
+    for folder in (dead, reused, elsewhere, alive):
         folder.mkdir()
     assert remove_abandoned(tmp_path) == 2
-    assert [path.name for path in tmp_path.iterdir()] == [elsewhere.name]
+    assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, alive.name}
 
 
 def test_a_build_starts_no_thread_that_stays(tmp_path: Path, inputs: dict[str, Path]) -> None:

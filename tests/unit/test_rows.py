@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from token_stores import Dataset, documents, make_dataset
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.manifest import FILES, commit, read_manifest
 from outgrow.streaming.packing import pack
-from outgrow.streaming.rows import RowIndex, Split, StreamRows, build_index
+from outgrow.streaming.rows import IndexFacts, RowIndex, Split, StreamRows, build_index
 from outgrow.streaming.shuffle import permutation
 
 
@@ -31,6 +32,23 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def source(dataset: Dataset, name: str, split: Split) -> Documents:
     return Documents(dataset.store, name, split, read_manifest(dataset.store, "store.json")[FILES], open_shards=4)
+
+
+def test_of_two_builds_of_one_index_the_second_takes_the_firsts(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = {"sequence_length": 8, "window_shards": 2, "seed": 1}
+    first: list[IndexFacts] = []
+
+    def commit_late(folder: Path, name: str, facts: dict[str, Any]) -> None:
+        commit(folder, name, facts)
+        monkeypatch.setattr("outgrow.streaming.rows.commit", commit)
+        monkeypatch.setattr("outgrow.streaming.aside._PREFIX", ".building-other-")  # as of another process
+        first.append(build_index(dataset.store, tmp_path / "rows", **choices))
+
+    monkeypatch.setattr("outgrow.streaming.rows.commit", commit_late)
+    assert build_index(dataset.store, tmp_path / "rows", **choices) == first[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
 def shard_of_documents(dataset: Dataset, name: str, split: Split) -> list[int]:

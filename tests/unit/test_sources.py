@@ -8,6 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from token_stores import documents as token_documents
 from outgrow.errors import DataError
 from outgrow.streaming.sources import Document, Skipped, Source, open_source
 from outgrow.streaming.sources import document as document_module
-from outgrow.streaming.sources.digests import DigestCache
+from outgrow.streaming.sources.digests import DigestCache, Stamp
 from outgrow.streaming.sources.lines import line_blocks, text_bytes
 
 RUSSIAN = (
@@ -99,6 +100,23 @@ def test_globs_links_and_order(tmp_path: Path) -> None:
     assert texts(opened(tmp_path, root / "b.txt", kind="text")) == ["b.txt"]
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_link_that_leads_nowhere_is_named_or_counted(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.jsonl").write_text('{"text": "a"}')
+    (root / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (root / "loop.jsonl").symlink_to(root / "loop.jsonl")
+    (root / "gone.other").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.jsonl: .*leads to no file"):
+        opened(tmp_path, root, kind=kind, include=["*.jsonl"])
+    source = opened(tmp_path, root, kind=kind, include=["*.jsonl"], on_error="skip")
+    skipped = [document for document in everything(source) if isinstance(document, Skipped)]
+    assert skipped == [Skipped(source=name, reason="missing") for name in ("gone.jsonl", "loop.jsonl")]
+    assert [item.name for item in source.inputs] == ["a.jsonl"]
+    opened(tmp_path, root, kind=kind, include=["*.jsonl"], exclude=["gone.*", "loop.*"])
+
+
 def test_missing_and_empty_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no file or folder .*nowhere"):
@@ -167,6 +185,7 @@ def test_lines_come_once_each_in_order_with_their_numbers(tmp_path: Path, name: 
         (b'{"txt": "a", "id": 3}', "no key 'text'; its keys: txt, id"),
         (b'{"text": 3}', "is int, not a string"),
         (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\xed\xa0\x80"}', "byte 10 is not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"text": "a", "m": "\\ud800"}', "surrogate"),
         (b"[" * 100_000, "recursion"),
@@ -195,6 +214,15 @@ def test_a_damaged_compressed_file_is_refused(tmp_path: Path, name: str, damage:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=f"{name}: the compressed file is damaged"):
         text_bytes(tmp_path / name)
+
+
+def test_a_zstd_window_above_the_limit_is_told_from_damage(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl.zst"
+    choices = zstandard.ZstdCompressionParameters(window_log=28, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=choices).compressobj()
+    file.write_bytes(compressor.compress(b'{"text": "a"}') + compressor.flush())
+    with pytest.raises(DataError, match="window of more than 128 MiB.*\n.*--long"):
+        text_bytes(file)
 
 
 def test_a_zstd_bomb_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +291,11 @@ def wrong() -> list[str]:
     return ["a plain string"]
 
 
+def failing() -> Iterator[Document]:
+    yield Document(text="one", source="failing#0")
+    raise RuntimeError("midway")
+
+
 def opened_custom(root: Path, name: str, **options: Any) -> Source:
     recipe = make_recipe({"name": "s", "source": {"kind": "custom", "factory": f"{__name__}:{name}", "options": options}})
     return open_source(recipe.data.streams[0], make_site(root), DigestCache(root / "cache"))
@@ -282,11 +315,20 @@ def test_a_custom_source_is_named_by_what_it_yields(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "options", "reason"), [
-    ("wrong", {}, "yielded str"), ("absent", {}, "cannot be imported"), ("numbered", {"count": 0}, "no document")
+    ("wrong", {}, "yielded str"), ("absent", {}, "cannot be imported"), ("numbered", {"count": 0}, "no document"),
+    ("numbered", {"cuont": 1}, "numbered: TypeError: .*cuont"), ("failing", {}, "failing: RuntimeError: midway"),
 ])  # fmt: skip
 def test_a_custom_source_that_is_wrong_is_refused(tmp_path: Path, name: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         opened_custom(tmp_path, name, **options)
+
+
+def test_a_custom_source_whose_module_is_no_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_python_at_all.py").write_text("def documents(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = make_recipe({"name": "s", "source": {"kind": "custom", "factory": "no_python_at_all:documents"}})
+    with pytest.raises(DataError, match="no_python_at_all:documents: it cannot be imported: SyntaxError"):
+        open_source(recipe.data.streams[0], make_site(tmp_path), DigestCache(tmp_path / "cache"))
 
 
 # --- the stat cache ---------------------------------------------------------------------------------------------------
@@ -319,3 +361,31 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "cache" / "inputs.sqlite") as database:
         assert database.execute("select count(*) from inputs").fetchone() == (0,)
     database.close()
+
+
+def test_no_lock_is_held_while_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outgrow.streaming.sources.digests._AT_REST_NS", -(10**12))
+    monkeypatch.setattr("outgrow.streaming.sources.digests._SAVE_EVERY_S", 0.0)
+    files = [tmp_path / str(number) for number in range(3)]
+    for file in files:
+        file.write_text("x")
+    cache = DigestCache(tmp_path / "cache")
+    remembered: list[int] = []
+
+    def look(path: Path) -> int:
+        with closing(sqlite3.connect(tmp_path / "cache" / "inputs.sqlite", timeout=0, isolation_level=None)) as database:
+            database.execute("begin exclusive")
+            remembered.extend(database.execute("select count(*) from inputs").fetchone())
+        return 1
+
+    cache.measure([(file, Stamp.of(file)) for file in files], look)
+    assert remembered == [0, 1, 2]
+
+
+def test_a_damaged_digest_cache_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("one")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "inputs.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(DataError, match="inputs.sqlite: .*not a database"):
+        opened(tmp_path, tmp_path / "a", kind="text").inputs  # noqa: B018
