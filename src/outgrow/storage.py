@@ -62,9 +62,6 @@ class Storage:
             return {}
         return {PurePosixPath(entry["name"]).name: int(entry["size"]) for entry in entries if entry["type"] == "file"}
 
-    def size(self, key: str) -> int:
-        return int(self.fs.size(self.path(key)))
-
     def read(self, key: str) -> bytes:
         with self.fs.open(self.path(key), "rb") as file:
             return cast(bytes, file.read())

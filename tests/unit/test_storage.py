@@ -52,7 +52,7 @@ def test_what_is_written_is_read_back_whole_and_in_part(storage: Storage) -> Non
     assert storage.read("a/b.bin") == bytes(range(100))
     assert storage.read_range("a/b.bin", 10, 20) == bytes(range(10, 20))
     assert storage.read_range("a/b.bin", 90, 200) == bytes(range(90, 100))
-    assert storage.size("a/b.bin") == 100
+    assert storage.sizes("a")["b.bin"] == 100
     storage.write("a/b.bin", b"new")
     assert storage.read("a/b.bin") == b"new"
 

@@ -109,13 +109,9 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> CheckpointRef | None:
-        """Wait for the save in flight, then as ``last``."""
+        """What this process committed last, after the save in flight; None before that, and on ranks other than 0."""
         if self._thread is not None:
             self._thread.join()
-        return self._last
-
-    def last(self) -> CheckpointRef | None:
-        """What this process committed last; None before that, and on ranks other than 0."""
         return self._last
 
     def results(self) -> list[SaveResult]:

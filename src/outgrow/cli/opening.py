@@ -22,6 +22,13 @@ SiteOption: TypeAlias = Annotated[
     Path | None,
     typer.Option("--site", help="The site file; else ./site.yaml, else the one in the config folder.", show_default=False),
 ]
+WorkersOption: TypeAlias = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Ranks; else what the site says.", show_default=False)
+]
+FreshOption: TypeAlias = Annotated[bool, typer.Option("--fresh", help="Start a new run; the old one is kept.")]
+AcceptOption: TypeAlias = Annotated[
+    bool, typer.Option("--accept", help="Resume although keys have changed that alter the rest of the run.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from outgrow.cli.opening import Opened, OverridesArgument, RecipeArgument, SiteOption, open_recipe
-from outgrow.cli.train import FreshOption, WorkersOption
+from outgrow.cli.opening import (
+    FreshOption,
+    Opened,
+    OverridesArgument,
+    RecipeArgument,
+    SiteOption,
+    WorkersOption,
+    open_recipe,
+)
 
 if TYPE_CHECKING:
     from outgrow.cluster.ray_cluster import Target

@@ -7,11 +7,20 @@ import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from outgrow.cli.opening import Opened, OverridesArgument, RecipeArgument, SiteOption, open_recipe
+from outgrow.cli.opening import (
+    AcceptOption,
+    FreshOption,
+    Opened,
+    OverridesArgument,
+    RecipeArgument,
+    SiteOption,
+    WorkersOption,
+    open_recipe,
+)
 
 if TYPE_CHECKING:
     from outgrow.cluster.ray_cluster import RayCluster
@@ -20,14 +29,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as shells have it."""
-
-WorkersOption: TypeAlias = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Ranks; else what the site says.", show_default=False)
-]
-FreshOption: TypeAlias = Annotated[bool, typer.Option("--fresh", help="Start a new run; the old one is kept.")]
-AcceptOption: TypeAlias = Annotated[
-    bool, typer.Option("--accept", help="Resume although keys have changed that alter the rest of the run.")
-]
 
 
 def train(
