@@ -5,7 +5,7 @@ from __future__ import annotations
 from outgrow.contracts import DatasetCard
 from outgrow.streaming.store import StoreFacts
 
-_COLUMNS = ("stream", "documents", "tokens", "rows", "held-out documents", "tokens", "rows", "skipped", "source MB")
+_COLUMNS = ("stream", "documents", "tokens", "rows", "val. documents", "val. tokens", "val. rows", "skipped", "source MB")
 
 
 def describe(card: DatasetCard, facts: StoreFacts) -> str:
