@@ -18,6 +18,7 @@ from typing import Any, Literal
 from outgrow.cluster.inventory import take_inventory
 from outgrow.cluster.ray_environment import apply_environment, driver_environment
 from outgrow.cluster.ray_token import make_token, read_token
+from outgrow.cluster.restarts import first_line
 from outgrow.contracts import Inventory
 from outgrow.errors import ClusterError
 from outgrow.recipes.schema.site import Cluster
@@ -160,9 +161,9 @@ def connect(target: Target, cluster: Cluster, *, cpus: int, gpus: int) -> Iterat
         context: Any = ray.init(**options)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         if embedded:
-            raise ClusterError(f"cannot start an embedded Ray cluster: {_first_line(error)}") from error
+            raise ClusterError(f"cannot start an embedded Ray cluster: {first_line(error)}") from error
         raise ClusterError(
-            f"cannot join the Ray cluster at {target.address}: {_first_line(error)}",
+            f"cannot join the Ray cluster at {target.address}: {first_line(error)}",
             hint="outgrow train runs on a node of the cluster and with its token; from anywhere else: outgrow submit",
         ) from error
     try:
@@ -235,10 +236,6 @@ def check_room(nodes: tuple[Node, ...], *, workers: int, threads: int, device: s
 def places(nodes: tuple[Node, ...], *, threads: int, device: str) -> int:
     """How many ranks of ``threads`` CPUs, and one GPU each on ``cuda``, the nodes can hold."""
     return sum(min(n.cpus // threads, n.gpus) if device == "cuda" else n.cpus // threads for n in nodes)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _last_line(error: BaseException) -> str:

@@ -45,8 +45,9 @@ def describe_failure(errors: Mapping[int, BaseException], lost_ranks: Collection
     """One line for a person: the ranks that were lost, else each rank with the first line of its error."""
     if lost_ranks:
         return f"rank {', '.join(map(str, sorted(lost_ranks)))} was lost"
-    return "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(errors.items()))
+    return "; ".join(f"rank {rank}: {first_line(error)}" for rank, error in sorted(errors.items()))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
