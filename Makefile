@@ -18,8 +18,10 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	$(BIN)/outgrow quickstart
 
+# Unit tests on two processes; those with real servers, kills and Ray one after the other, as each takes the whole machine.
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit tests/test_layers.py --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest tests/integration
 
 lint: $(READY)
 	$(BIN)/ruff check .

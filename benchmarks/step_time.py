@@ -60,6 +60,7 @@ def rows_of(step: int, rows: int, length: int) -> Batch:
         weights=(targets != IGNORE_INDEX).float(),
         segments=(positions // DOCUMENT).int(),
         positions=positions % DOCUMENT,
+        pairs=torch.full((rows, length), -1, dtype=torch.int32),
         row_ids=torch.arange(rows),
     )
 

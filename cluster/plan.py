@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from outgrow.cluster.ray_environment import worker_environment
 from outgrow.contracts import DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
 from outgrow.errors import PlanError
 from outgrow.recipes import layout as layouts
+from outgrow.recipes.mix import Mix, stage_lengths
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
+from outgrow.recipes.schema.sources import PreferenceShape
 
 _STATE_BYTES = {"fp32": 12, "bf16": 12, "fp64": 24}
 """Bytes a parameter in a checkpoint: the parameter and AdamW's two moments, in the precision that the optimizer steps in."""
 _BESIDE_BYTES = 2**20
 """Names, digests, the recipe and the data position of a checkpoint; well above what was seen."""
+_USEFUL_PASSES = 4
+"""Up to about so many, repeated text is nearly as good as new; Muennighoff et al. 2023, Scaling Data-Constrained LMs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +64,20 @@ def make_plan(
     """
     ranks = resolve_ranks(site, inventory)
     refusals = [] if cluster else _room_for_ranks(ranks, inventory)
-    layout, steps = None, 0
+    layout, mix = None, None
     try:
         layout = layouts.resolve(recipe, ranks.workers, ranks.workers)
     except PlanError as error:
         refusals.append(_refusal(error))
     try:
-        steps = _steps(recipe, card)
+        mix = Mix.of(recipe, card) if card else None
     except PlanError as error:
         refusals.append(_refusal(error))
+    steps = _steps(recipe, mix)
     checkpoint = facts.parameters * _STATE_BYTES[recipe.precision] + _BESIDE_BYTES
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
-    refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes)
+    refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
     return Plan(
         run=recipe.run.name,
         workers=ranks.workers,
@@ -79,15 +85,15 @@ def make_plan(
         threads_per_worker=ranks.threads,
         layout=layout,
         steps=steps,
-        steps_per_epoch=layouts.steps_per_epoch(card.rows, recipe) if card else 0,
-        tokens=_tokens(recipe, card, steps),
+        steps_per_epoch=mix.steps_per_epoch if mix else 0,
+        tokens=_tokens(recipe, card, mix, steps),
         checkpoint_bytes=checkpoint,
         run_bytes=run_bytes,
         storage=site.storage,
         storage_free_bytes=free_bytes,
         environment={**environment, **worker_environment(ranks.threads)},
         refusals=tuple(refusals),
-        notes=_notes(recipe, card, facts, ranks, cluster),
+        notes=(*_notes(recipe, card, facts, ranks, cluster), *_mix_notes(recipe, card, mix, steps)),
     )
 
 
@@ -129,6 +135,23 @@ def _room_on_disk(recipe: Recipe, site: Site, run: int, checkpoint: int, free: i
     ]
 
 
+def _not_learnable(recipe: Recipe, card: DatasetCard | None) -> list[Refusal]:
+    """Preference pairs, of which the objective ``next_token`` would learn the rejected answers just as well."""
+    paired = {
+        stream.name for stream in recipe.data.streams if isinstance(getattr(stream.source, "shape", None), PreferenceShape)
+    }
+    paired |= {stream.name for stream in card.streams if stream.pairs} if card else set()
+    if not paired:
+        return []
+    return [
+        Refusal(
+            asked=f"objective.kind {recipe.objective.kind} on the preference pairs of {', '.join(sorted(paired))}",
+            available="it would learn the rejected answers too",
+            nearest="take these streams out, or read their chosen answers alone with source.shape messages or alpaca",
+        )
+    ]
+
+
 def _refusal(error: PlanError) -> Refusal:
     return Refusal(asked=error.message, available="", nearest=error.hint)
 
@@ -136,20 +159,23 @@ def _refusal(error: PlanError) -> Refusal:
 # --- the forecast -----------------------------------------------------------------------------------------------------
 
 
-def _steps(recipe: Recipe, card: DatasetCard | None) -> int:
-    """Optimizer steps of the run; 0 where they follow from a dataset that is not built yet."""
-    if card is None:
-        return 0 if recipe.duration.epochs is not None else layouts.total_steps(recipe, rows=1)
-    return layouts.total_steps(recipe, card.rows)
+def _steps(recipe: Recipe, mix: Mix | None) -> int:
+    """Optimizer steps of the run; 0 where they follow from a dataset that is not built yet, or has no mix."""
+    return 0 if mix is None and recipe.duration.epochs is not None else layouts.total_steps(recipe, mix)
 
 
-def _tokens(recipe: Recipe, card: DatasetCard | None, steps: int) -> int:
-    """Tokens that ``steps`` steps see, rows being as full as they are on average; before the build, as if they were full."""
-    rows = recipe.batch.rows
-    if card is None or not card.rows:
-        return steps * rows * recipe.data.sequence_length
-    epochs, rest = divmod(steps, layouts.steps_per_epoch(card.rows, recipe))
-    return round(card.tokens * (epochs + rest * rows / card.rows))
+def _tokens(recipe: Recipe, card: DatasetCard | None, mix: Mix | None, steps: int) -> int:
+    """Tokens that ``steps`` steps see, rows being as full as their stream's are on average; before the build, as if full."""
+    if card is None or mix is None:
+        return layouts.positions(recipe, steps)
+    return round(
+        sum(
+            Fraction(rows * stream.tokens, stream.rows)
+            for phase, drawn in mix.drawn(steps)
+            for rows, stream in zip(drawn, card.indexes[phase.index].streams, strict=True)
+            if rows
+        )
+    )
 
 
 def _notes(recipe: Recipe, card: DatasetCard | None, facts: ModelFacts, ranks: Ranks, cluster: str | None) -> tuple[str, ...]:
@@ -161,6 +187,49 @@ def _notes(recipe: Recipe, card: DatasetCard | None, facts: ModelFacts, ranks: R
     if ranks.device == "cpu" and recipe.precision == "bf16":
         notes.append("bf16 is slow on most CPUs; precision=fp32 is up to ten times as fast there")
     return tuple(notes)
+
+
+def _mix_notes(recipe: Recipe, card: DatasetCard | None, mix: Mix | None, steps: int) -> list[str]:
+    """What becomes of the streams over the whole run: the stages, how often each stream is read, and what that is too much."""
+    notes = [_stage_note(recipe, number, first) for number, first in enumerate(_first_steps(recipe))]
+    notes += [
+        f"the run ends before stage {number} begins; raise duration, or shorten the stages before"
+        for number, first in enumerate(_first_steps(recipe), start=1)
+        if 0 < steps <= first
+    ][:1]
+    if card is None or mix is None:
+        return notes
+    passes = _passes(card, mix, steps)
+    notes.append("passes over each stream: " + ", ".join(f"{name} {float(count):.1f}" for name, count in passes.items()))
+    often = [name for name, count in passes.items() if count > _USEFUL_PASSES]
+    if often:
+        notes.append(
+            f"{', '.join(often)}: read more than {_USEFUL_PASSES} times; beyond that repeated text tends to teach little "
+            "(Muennighoff et al. 2023)"
+        )
+    return notes
+
+
+def _passes(card: DatasetCard, mix: Mix, steps: int) -> dict[str, Fraction]:
+    """How often the run reads each stream."""
+    passes = dict.fromkeys(mix.streams, Fraction(0))
+    for phase, drawn in mix.drawn(steps):
+        for rows, stream in zip(drawn, card.indexes[phase.index].streams, strict=True):
+            passes[stream.name] += Fraction(rows, stream.rows) if rows else 0
+    return passes
+
+
+def _first_steps(recipe: Recipe) -> list[int]:
+    """The first step of each stage; none without stages."""
+    lengths = [steps or 0 for steps, _ in stage_lengths(recipe)] if recipe.data.stages else []
+    return [sum(lengths[:number]) for number in range(len(lengths))]
+
+
+def _stage_note(recipe: Recipe, number: int, first_step: int) -> str:
+    stage, (steps, length) = recipe.data.stages[number], stage_lengths(recipe)[number]
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in stage.shares.items() if share)
+    lasts = f"{steps:,} steps" if steps else "to the end"
+    return f"stage {number + 1} from step {first_step + 1:,}, {lasts}, rows of {length:,}: {shares}"
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

@@ -77,13 +77,13 @@ class RunStatus:
 
 
 @contextlib.contextmanager
-def claim(storage: Storage, recipe: Recipe, store_fingerprint: str, *, fresh: bool, accept: bool) -> Iterator[Claim]:
+def claim(storage: Storage, recipe: Recipe, data_fingerprint: str, *, fresh: bool, accept: bool) -> Iterator[Claim]:
     """The run folder that ``recipe`` on this dataset goes on with, or a new one; held until the ``with`` ends.
 
     Raises ``RunError`` where a live process holds it, where a changed key is refused or not accepted, and where the name is
     already that of a run that learns something else.
     """
-    run, stored = choose(storage, recipe, store_fingerprint, fresh=fresh)
+    run, stored = choose(storage, recipe, data_fingerprint, fresh=fresh)
     with run_lock.hold(storage, run.folder) as dead:
         taken = () if stored is None else _judge(stored, recipe, accept=accept)
         if stored is None or taken:
@@ -92,12 +92,12 @@ def claim(storage: Storage, recipe: Recipe, store_fingerprint: str, *, fresh: bo
         yield Claim(run=run, resumed=stored is not None, differences=taken, taken_from=str(dead) if dead else "")
 
 
-def choose(storage: Storage, recipe: Recipe, store_fingerprint: str, *, fresh: bool) -> tuple[RunRef, StoredRun | None]:
+def choose(storage: Storage, recipe: Recipe, data_fingerprint: str, *, fresh: bool) -> tuple[RunRef, StoredRun | None]:
     """The run folder that ``claim`` would take, and what is stored there, None for a new one; writes nothing.
 
     Raises ``RunError`` where the newest run of that name learns something else.
     """
-    name, learned = recipe.run.name, fingerprint(recipe, store_fingerprint)
+    name, learned = recipe.run.name, fingerprint(recipe, data_fingerprint)
     named = stored_runs(storage, name)
     same = [run for run in named if run.file.fingerprint == learned]
     if same and not fresh:

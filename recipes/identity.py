@@ -17,7 +17,7 @@ from outgrow.recipes.yaml_marks import KeyPath, key_text
 
 Verdict: TypeAlias = Literal["extend", "accept", "refuse"]
 
-FORMAT = 1
+FORMAT = 2
 """Grows when the same recipe is to give another fingerprint."""
 
 VERDICTS: dict[str, tuple[Verdict, str]] = {
@@ -27,7 +27,9 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "model": ("refuse", "its checkpoints hold another model"),
     "data.sequence_length": ("refuse", "rows would be cut elsewhere"),
     "data.tokenizer": ("refuse", "tokens would mean something else"),
-    "data.streams": ("refuse", "other data"),
+    "data.streams": ("refuse", "other data, or another mix of them"),
+    "data.stages": ("refuse", "steps would hold other rows; to make the last stage longer, raise duration"),
+    "data.duplicates": ("refuse", "other documents would be left out"),
     "data.validation_fraction": ("refuse", "documents would move between training and validation"),
     "data.compression": ("refuse", "the token store would be another"),
     "data.shard_bytes": ("refuse", "the order of rows follows the shards"),
@@ -55,11 +57,13 @@ LEARNED = (
     "data.sequence_length",
     "data.tokenizer",
     "data.window_shards",
+    "data.stages",
     "objective",
     "batch.rows",
     "precision",
 )
-"""Keys in the fingerprint. The other refused keys of ``data`` are in it through the fingerprint of the store's content."""
+"""Keys in the fingerprint, beside the streams' epochs and shares. The other refused keys of ``data`` are in it through the
+fingerprint of the data, which follows from documents, choice and cuts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +80,12 @@ class Difference:
         return f"{self.key}: {self.old} -> {self.new} ({self.why})"
 
 
-def fingerprint(recipe: Recipe, store_fingerprint: str) -> str:
-    """sha256 of what is learned: the content of the data and every key of ``LEARNED``."""
+def fingerprint(recipe: Recipe, data_fingerprint: str) -> str:
+    """sha256 of what is learned: the content of the data (``DatasetCard.data_fingerprint``), their mix, and ``LEARNED``."""
     data = recipe.to_dict()
     learned = {key: _get(data, key) for key in LEARNED}
-    return storage.fingerprint({"format": FORMAT, "store": store_fingerprint, "learned": learned})
+    mix = {stream.name: [stream.epochs, stream.share] for stream in recipe.data.streams}
+    return storage.fingerprint({"format": FORMAT, "data": data_fingerprint, "mix": mix, "learned": learned})
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:

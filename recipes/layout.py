@@ -6,10 +6,12 @@ Asked again at every (re)start. The rows of a step are the same at any world siz
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from decimal import Decimal
 
 from outgrow.contracts import EngineName, Layout
 from outgrow.errors import PlanError
+from outgrow.recipes.mix import Mix, stage_lengths
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.training import AutoParallel, Fsdp2
 
@@ -40,25 +42,41 @@ def resolve(recipe: Recipe, world: int, local_world: int) -> Layout:
     )
 
 
-def steps_per_epoch(rows: int, recipe: Recipe) -> int:
-    """Optimizer steps that see each of the dataset's ``rows`` once.
-
-    The last step of an epoch takes the rows that are left, be they fewer: none is doubled, none dropped.
-    """
-    return math.ceil(rows / recipe.batch.rows)
-
-
-def total_steps(recipe: Recipe, rows: int) -> int:
-    """Optimizer steps of the whole run over a dataset of ``rows`` rows. Raises ``PlanError`` where it has none."""
-    if rows < 1:
-        raise PlanError("the dataset has no row to train on", hint="lower data.sequence_length, or give more text")
+def total_steps(recipe: Recipe, mix: Mix | None = None) -> int:
+    """Optimizer steps of the whole run. Only a duration in epochs asks for the dataset's ``mix``."""
     duration = recipe.duration
     if duration.steps is not None:
         return duration.steps
     if duration.tokens is not None:
-        return math.ceil(duration.tokens / (recipe.batch.rows * recipe.data.sequence_length))
+        return _steps_of(duration.tokens, recipe)
+    assert mix is not None, "how many steps an epoch has follows from the dataset"
     # Decimal of the figure as written: in binary, 0.1 of 30 steps would round up to 4.
-    return math.ceil(Decimal(str(duration.epochs)) * steps_per_epoch(rows, recipe))
+    return math.ceil(Decimal(str(duration.epochs)) * mix.steps_per_epoch)
+
+
+def positions(recipe: Recipe, steps: int) -> int:
+    """Tokens that ``steps`` steps would see if every row were full and no epoch ended with a short step."""
+    return sum(part * recipe.batch.rows * length for part, length in _parts(recipe, steps))
+
+
+def _steps_of(tokens: int, recipe: Recipe) -> int:
+    """The fewest steps that have so many positions, stage by stage."""
+    steps = 0
+    for own, length in stage_lengths(recipe):
+        wanted = -(-tokens // (recipe.batch.rows * length))
+        if own is None or wanted <= own:
+            return steps + wanted
+        steps += own
+        tokens -= own * recipe.batch.rows * length
+    raise AssertionError("the last stage has no end")
+
+
+def _parts(recipe: Recipe, steps: int) -> Iterator[tuple[int, int]]:
+    """How many of ``steps`` steps each stage has, and its tokens a row."""
+    for own, length in stage_lengths(recipe):
+        part = steps if own is None else min(own, steps)
+        yield part, length
+        steps -= part
 
 
 def _engine(parallel: AutoParallel | Fsdp2, world: int) -> EngineName:

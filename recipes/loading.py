@@ -12,6 +12,7 @@ from outgrow.errors import Problem, RecipeError
 from outgrow.recipes.explain import explain, in_order
 from outgrow.recipes.overrides import apply
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.short_forms import expand
 from outgrow.recipes.yaml_marks import Document, key_text, read, strings
 
 
@@ -21,7 +22,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     problems += _environment(document)
     try:
         # JSON, because its strict mode takes lists for tuples and still no '8' for 8.
-        recipe = Recipe.model_validate_json(json.dumps(document.data), strict=True)
+        recipe = Recipe.model_validate_json(json.dumps(expand(document.data, Recipe)), strict=True)
     except ValidationError as error:
         problems += explain(error, document, Recipe)
     if problems:

@@ -23,7 +23,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 _RECIPE_INTRO = """\
 A recipe says what is learned, and nothing of the machines it is learned on. `outgrow recipe check FILE` finds every mistake at
 once; `key.path=value` after the file overrides a key (`data.streams[0].name=news`, values in YAML); unknown keys, duplicate
-keys, tags and aliases are refused. `yes`, `no` and dates are text, `1e-3` and `1_000` are numbers."""
+keys, tags and aliases are refused. `yes`, `no` and dates are text, `1e-3` and `1_000` are numbers. Where a section has kinds,
+the kind alone is short for a section with nothing else: `clean: [nfc]`, `parallel: auto`."""
 
 _SITE_INTRO = """\
 A site says where runs go on a machine or cluster, and nothing of what is learned. It is the file of `--site`, else `site.yaml`
@@ -43,8 +44,20 @@ def files() -> dict[str, str]:
 
 
 def json_schema(section: type[Section]) -> dict[str, Any]:
-    """The JSON Schema of a section, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **section.model_json_schema()}
+    """The JSON Schema of a section, for editors; a tagged union may be given by its kind alone, see ``short_forms``."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_short_forms(section.model_json_schema())}
+
+
+def _with_short_forms(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_short_forms(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _with_short_forms(value) for key, value in schema.items()}
+    if "discriminator" in schema:
+        kinds = {"enum": list(schema["discriminator"]["mapping"])}
+        schema = {"anyOf": [kinds, {key: schema.pop(key) for key in ("discriminator", "oneOf")}], **schema}
+    return schema
 
 
 def page(root: type[Section], title: str, introduction: str) -> str:

@@ -16,11 +16,9 @@ from pydantic import SecretStr, ValidationError
 from outgrow.errors import Problem, RecipeError, SiteError
 from outgrow.recipes.explain import explain, in_order
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.data import FolderTokenizer, JsonlSource, MdsSource, TextSource
-from outgrow.recipes.schema.model import FolderModel
-from outgrow.recipes.schema.section import Mark
+from outgrow.recipes.schema.section import Mark, Section
 from outgrow.recipes.schema.site import SECRET_NAME, Site
-from outgrow.recipes.schema_types import follow
+from outgrow.recipes.schema_types import field_type, follow
 from outgrow.recipes.yaml_marks import Document, KeyPath, key_path, key_text, read, strings
 
 STANDARD_LIBRARY = "python-stdlib"
@@ -81,14 +79,21 @@ def bind(site: Site, recipe: Recipe, recipe_path: Path) -> Site:
 
 
 def recipe_names(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Every (key path, name) of a recipe that stands for a folder."""
-    if isinstance(recipe.model, FolderModel):
-        yield "model.path", recipe.model.path
-    if isinstance(recipe.data.tokenizer, FolderTokenizer):
-        yield "data.tokenizer.path", recipe.data.tokenizer.path
-    for index, stream in enumerate(recipe.data.streams):
-        if isinstance(stream.source, TextSource | JsonlSource | MdsSource):
-            yield f"data.streams[{index}].source.path", stream.source.path
+    """Every (key path, name) of a recipe that stands for a folder or file of the site."""
+    return _names(recipe, "")
+
+
+def _names(section: Section, key: str) -> Iterator[tuple[str, str]]:
+    for name, info in type(section).model_fields.items():
+        value, here = getattr(section, name), f"{key}.{info.alias or name}".removeprefix(".")
+        if isinstance(value, Section):
+            yield from _names(value, here)
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from _names(item, f"{here}[{index}]")
+        elif Mark.NAME in field_type(info).marks:
+            yield here, value
 
 
 def _fill_in(document: Document, environment: Mapping[str, str]) -> tuple[Any, list[Problem]]:

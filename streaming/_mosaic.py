@@ -1,21 +1,19 @@
-"""The seam to MosaicML's package, and the only file that imports it: MDS folders written by their ``MDSWriter``.
+"""The seam to MosaicML's package, and the only file that imports it: MDS shards written by their ``MDSWriter``.
 
 ``mds`` reads such folders without this package: importing it takes 5 s of CPU and 260 MB, once for every loader worker.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
 
 from outgrow.errors import DataError
+from outgrow.streaming.shards import ShardEntry, shard_name
 from outgrow.torchvision import ensure_importable
 
 ensure_importable()
@@ -25,35 +23,59 @@ from streaming.base.hashing import get_hash, is_hash  # noqa: E402
 
 Array: TypeAlias = npt.NDArray[Any]
 
-DOCUMENTS = "documents.safetensors"
 _MAX_DOCUMENT_BYTES = 2**32 - 2**20
 """MDS keeps offsets as uint32; leaves room for the header and the other columns."""
 
 
 class _Writer(MDSWriter):
+    """Theirs, but it numbers shards from ``first_shard`` on and leaves the folder's index to the caller."""
+
+    def __init__(self, first_shard: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._first_shard = first_shard
+
+    @property
+    def shard(self) -> int:
+        """Number of the shard that the pending samples will be."""
+        return self._first_shard + len(self.shards)
+
     def flush_shard(self) -> None:
         """Write the pending samples; theirs writes an empty shard before a first document that is larger than the limit."""
         if self.new_samples:
             super().flush_shard()
 
+    def _name_next_shard(self, extension: str | None = None) -> tuple[str, str | None]:
+        name = shard_name(self.shard, compressed=False)
+        return name, shard_name(self.shard, compressed=True) if self.compression else None
+
+    def _write_index(self) -> None:
+        """A part of a folder has no index of its own."""
+
 
 class DocumentWriter:
-    """One split of one stream: an MDS folder, a sample a document, and ``documents.safetensors`` beside its index.
+    """Shards of one split of one stream in ``folder``, a sample a document, numbered from ``first_shard`` on.
 
     Columns: ``tokens`` ndarray:uint16 (``vocab_size`` <= 65,536) or uint32; ``weights`` bytes (empty: all 1, else float32 of
-    the tokens' length); ``spans`` bytes (int32 pairs); ``source`` str; ``meta`` str (a JSON object).
-    ``documents.safetensors``: ``lengths`` int64[N]; ``shard`` int32[N], number of the document's shard in index.json;
-    ``weight`` float64[N], sum of the loss weights of the document's targets, that is of all tokens but the first; ``uniform``
-    bool[N], true where every weight is 1.
+    the tokens' length); ``spans`` bytes (empty, or int32 [2, 2]: start and stop of the chosen and of the rejected answer of a
+    preference pair); ``source`` str; ``meta`` str (a JSON object).
 
-    A context manager: leaving it normally finishes the folder, leaving it by an exception does not. The folder must be absent
-    or empty; nothing is fsynced (the caller makes the whole store durable before it renames it).
+    A context manager: leaving it normally writes what is pending, leaving it by an exception does not. ``folder`` must be
+    absent or empty. ``shards`` then lists them as MosaicML's index does; nothing is fsynced.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, compression: Literal["none", "zstd"], shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        compression: Literal["none", "zstd"],
+        shard_bytes: int,
+        first_shard: int = 0,
+    ) -> None:
         self.folder = folder
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if vocab_size <= 65_536 else np.uint32)
         self._writer = _Writer(
+            first_shard,
             columns={
                 "tokens": f"ndarray:{self.dtype.name}",
                 "weights": "bytes",
@@ -65,18 +87,20 @@ class DocumentWriter:
             compression=None if compression == "none" else compression,
             hashes=["sha256"],
             size_limit=shard_bytes,
+            max_workers=1,
         )
-        self._lengths: list[int] = []
-        self._shards: list[int] = []
-        self._weights: list[float] = []
-        self._uniform: list[bool] = []
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        """The shards that are written."""
+        return list(self._writer.shards)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
-            self.finish()
+            self._writer.finish()
         else:
             self._writer.cancel_future_jobs()
 
@@ -85,41 +109,27 @@ class DocumentWriter:
         tokens: Array,
         *,
         source: str,
-        meta: Mapping[str, Any] | None = None,
+        meta: str = "{}",
         weights: npt.NDArray[np.float32] | None = None,
         spans: npt.NDArray[np.int32] | None = None,
-    ) -> None:
-        """Add a document: ``tokens`` integers [n] with n >= 1, ending with the end-of-text token; ``weights`` float32 [n] is
-        the loss weight of each token as a target (the first is never one), None for all 1; ``spans`` int32 [k, 2]."""
-        if len(tokens) * self.dtype.itemsize > _MAX_DOCUMENT_BYTES:
+    ) -> int:
+        """Add a document, and return the number of its shard.
+
+        ``tokens`` integers [n] with n >= 1; ``weights`` float32 [n] is the loss weight of each token as a target (the first is
+        never one), None for all 1; ``spans`` int32 [2, 2] of a preference pair; ``meta`` a JSON object.
+        """
+        if len(tokens) * self.dtype.itemsize + (0 if weights is None else 4 * len(tokens)) > _MAX_DOCUMENT_BYTES:
             raise DataError(f"a document of {len(tokens):,} tokens does not fit into an MDS shard (4 GiB)", where=source)
-        uniform = weights is None or bool(np.all(weights == 1))
         self._writer.write(
             {
                 "tokens": tokens.astype(self.dtype, copy=False),
-                "weights": b"" if uniform or weights is None else weights.astype(np.float32, copy=False).tobytes(),
+                "weights": b"" if weights is None else weights.astype(np.float32, copy=False).tobytes(),
                 "spans": b"" if spans is None else spans.astype(np.int32, copy=False).tobytes(),
                 "source": source,
-                "meta": json.dumps(dict(meta or {}), sort_keys=True, ensure_ascii=False),
+                "meta": meta,
             }
         )
-        self._lengths.append(len(tokens))
-        self._shards.append(len(self._writer.shards))
-        self._uniform.append(uniform)
-        self._weights.append(len(tokens) - 1 if uniform or weights is None else float(weights[1:].sum(dtype=np.float64)))
-
-    def finish(self) -> None:
-        """Write what is pending, ``index.json`` and ``documents.safetensors``."""
-        self._writer.finish()
-        save_file(
-            {
-                "lengths": np.asarray(self._lengths, np.int64),
-                "shard": np.asarray(self._shards, np.int32),
-                "weight": np.asarray(self._weights, np.float64),
-                "uniform": np.asarray(self._uniform, np.bool_),
-            },
-            self.folder / DOCUMENTS,
-        )
+        return self._writer.shard
 
 
 def hash_hex(algorithm: str, data: bytes) -> str:

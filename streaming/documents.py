@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from outgrow.streaming.mds import MdsFolder
+from outgrow.streaming.shards import SHARDS
 
 
 class Documents:
     """One split of one stream. ``digests`` is ``files`` of the store's manifest; ``open_shards`` shards stay mapped."""
 
     def __init__(self, store: Path, name: str, split: str, digests: Mapping[str, str], *, open_shards: int) -> None:
-        below = f"streams/{name}/{split}/"
-        own = {key.removeprefix(below): value for key, value in digests.items() if key.startswith(below)}
-        self._folder = MdsFolder(store / below, own, open_shards=open_shards)
+        below = f"streams/{name}/{split}"
+        self._folder = MdsFolder(store / below, digests[f"{below}/{SHARDS}"], open_shards=open_shards)
 
     def __len__(self) -> int:
         return len(self._folder)
@@ -37,3 +37,9 @@ class Documents:
         """Loss weight of each token as a target, float32 [n]; None where all are 1."""
         data: bytes = self._folder.column(document, "weights")
         return np.frombuffer(data, np.float32) if data else None
+
+    def spans(self, document: int) -> npt.NDArray[np.int32] | None:
+        """Start and stop of the chosen and of the rejected answer of a preference pair, each with its prompt, int32 [2, 2];
+        None for any other document."""
+        data: bytes = self._folder.column(document, "spans")
+        return np.frombuffer(data, np.int32).reshape(2, 2) if data else None

@@ -13,15 +13,18 @@ from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage, file_digest, sync_folder, sync_tree
+from outgrow.streaming.catalog import folders
 from outgrow.streaming.manifest import FILES, MARKER, check_manifest, is_committed
-from outgrow.streaming.rows import INDEX_MANIFEST, STORE_MANIFEST
+from outgrow.streaming.rows import INDEX_MANIFEST
+from outgrow.streaming.shards import every_file
+from outgrow.streaming.store import MANIFEST
 
 _ATTEMPTS = 3
 _ASIDE = ".fetching"
 
 
 def local_dataset(site: Site, card: DatasetCard) -> Path:
-    """The folder of the token store on this node, with the row index below it as in storage.
+    """The folder of the token store on this node, with the row indexes below it as in storage.
 
     Remote storage: the first process of a node copies into ``site.cache`` while the others wait; each file is checked against
     the manifest, a bad one is fetched again, and the folder is renamed into place when it is whole. An interrupted copy is
@@ -30,15 +33,15 @@ def local_dataset(site: Site, card: DatasetCard) -> Path:
     """
     storage = site.open_storage()
     if storage.is_local:
-        for key in (card.store, card.index):
+        for key in folders(card):
             if not is_committed(Path(storage.path(key))):
                 raise _absent(storage, key)
         return Path(storage.path(card.store))
     cache = Path(site.cache).expanduser()
     if not is_committed(cache / card.store):
         _check_room(cache, card.bytes)
-    _fetch(storage, card.store, STORE_MANIFEST, cache)
-    _fetch(storage, card.index, INDEX_MANIFEST, cache)
+    for key in folders(card):
+        _fetch(storage, key, MANIFEST if key == card.store else INDEX_MANIFEST, cache)
     return cache / card.store
 
 
@@ -84,7 +87,8 @@ def _copy(storage: Storage, key: str, manifest_name: str, aside: Path) -> None:
     """Fill ``aside`` with every file of the manifest, then the manifest and its marker."""
     text, marker = storage.read(f"{key}/{manifest_name}"), storage.read(f"{key}/{MARKER}")
     manifest = check_manifest(text, marker.decode(), f"{storage.root_url}/{key}/{manifest_name}")
-    for name, expected in manifest[FILES].items():
+    # A table of shards is copied, and so checked, before the shards that it vouches for are asked for.
+    for name, expected in every_file(manifest[FILES], lambda name: (aside / name).read_bytes()):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise DataError(f"the manifest names a file outside its folder: {name}", where=f"{storage.root_url}/{key}")

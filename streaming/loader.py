@@ -7,20 +7,29 @@ rows. What a step holds is decided by ``sampler``; here it only becomes tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from outgrow.contracts import Batch, DatasetCard, JobSpec, JsonDict, Layout, Loader, StepRows
+from outgrow.contracts import Batch, JobSpec, JsonDict, Layout, Loader, StepRows
 from outgrow.errors import RunError
-from outgrow.recipes.layout import steps_per_epoch
+from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.fetch import local_dataset
 from outgrow.streaming.packing import PackedRows
 from outgrow.streaming.read_ahead import Assignment, Worker, read_ahead_depth
-from outgrow.streaming.steps import PackedStep, ReadPlan, SplitReader, StepReader, validation_steps
+from outgrow.streaming.steps import (
+    IndexPlace,
+    PackedStep,
+    ReadPlan,
+    SplitReader,
+    StepReader,
+    validation_reader,
+    validation_steps,
+)
 
 
 def build_loader(job: JobSpec, layout: Layout, rank: int, *, start_step: int, stop_step: int) -> Loader:
@@ -34,29 +43,36 @@ def build_loader(job: JobSpec, layout: Layout, rank: int, *, start_step: int, st
     steps = range(start_step, stop_step)
     if workers == 0:
         return _InProcessLoader(job, steps, StepReader(plan))
-    depth = read_ahead_depth(plan, job.card.sequence_length)
+    depth = read_ahead_depth(plan)
     return _ReadAheadLoader(job, steps, plan, num_workers=min(workers, len(steps)), depth=depth)
 
 
 def build_validation(job: JobSpec, layout: Layout, rank: int) -> Validation:
     """Name of the stream and rows of every validation step; iterate as often as needed, the rows are the same every time."""
     max_rows = Recipe.model_validate(job.recipe).validation.max_rows
-    return Validation(SplitReader(read_plan(job, layout, rank), "validation"), max_rows)
+    return Validation(validation_reader(read_plan(job, layout, rank)), max_rows)
 
 
 def loader_state(job: JobSpec, next_step: int) -> JsonDict:
-    """What a checkpoint keeps of the data position: enough to go on, and to refuse another dataset, batch or seed."""
-    epoch_steps = steps_per_epoch(job.card.rows, Recipe.model_validate(job.recipe))
-    return {**_identity(job), "step": next_step, "epoch": next_step // epoch_steps}
+    """What a checkpoint keeps of the data position: enough to go on, and to refuse other rows.
+
+    Where each stream stands follows from the step; nothing of it is kept.
+    """
+    return {**_identity(job), "step": next_step, "epoch": _mix(job).phase(next_step).epoch}
 
 
 def check_state(state: Mapping[str, Any], job: JobSpec) -> int:
     """The step to go on from. Raises ``RunError`` where the checkpoint was trained on other rows."""
-    labels = {"index_fingerprint": "row index", "global_rows": "batch.rows", "seed": "run.seed"}
+    labels = {
+        "index_fingerprint": "row index",
+        "global_rows": "batch.rows",
+        "seed": "run.seed",
+        "mix": "a mix of streams (epochs, share, stages)",
+    }
     for key, now in _identity(job).items():
-        if state[key] != now:
+        if state.get(key) != now:
             raise RunError(
-                f"the checkpoint was made with {labels[key]} {state[key]}, this run has {now}",
+                f"the checkpoint was made with {labels[key]} {_shown(state.get(key))}, this run has {_shown(now)}",
                 hint="the rows of a run cannot change half-way: train --fresh, or init_from its weights",
             )
     return int(state["step"])
@@ -124,8 +140,11 @@ def read_plan(job: JobSpec, layout: Layout, rank: int) -> ReadPlan:
     store = local_dataset(Site.model_validate(job.site), job.card)
     return ReadPlan(
         store=str(store),
-        index=str(_index_folder(store, job.card)),
-        index_fingerprint=job.card.index_fingerprint,
+        indexes=tuple(
+            IndexPlace(folder=_local(store, index.folder, job.card.store), fingerprint=index.fingerprint)
+            for index in job.card.indexes
+        ),
+        mix=_mix(job),
         layout=layout,
         rank=rank,
         seed=Recipe.model_validate(job.recipe).run.seed,
@@ -133,13 +152,27 @@ def read_plan(job: JobSpec, layout: Layout, rank: int) -> ReadPlan:
     )
 
 
-def _index_folder(store: Path, card: DatasetCard) -> Path:
-    return store / PurePosixPath(card.index).relative_to(card.store)
+def _local(store: Path, folder: str, store_key: str) -> str:
+    return str(store / PurePosixPath(folder).relative_to(store_key))
+
+
+def _mix(job: JobSpec) -> Mix:
+    return Mix.of(Recipe.model_validate(job.recipe), job.card)
 
 
 def _identity(job: JobSpec) -> JsonDict:
     recipe = Recipe.model_validate(job.recipe)
-    return {"index_fingerprint": job.card.index_fingerprint, "global_rows": recipe.batch.rows, "seed": recipe.run.seed}
+    return {
+        "index_fingerprint": job.card.indexes[0].fingerprint,  # the mix tells the other lengths, this one all else
+        "global_rows": recipe.batch.rows,
+        "seed": recipe.run.seed,
+        "mix": _mix(job).fingerprint,
+    }
+
+
+def _shown(value: Any) -> str:
+    """A value of ``_identity`` for a person: fingerprints shortened."""
+    return value[:16] if isinstance(value, str) else str(value)
 
 
 def _to_step_rows(packed: PackedStep) -> StepRows:
@@ -155,11 +188,4 @@ def _to_step_rows(packed: PackedStep) -> StepRows:
 
 def _to_batch(rows: PackedRows) -> Batch:
     """Tensors over the arrays' own memory."""
-    return Batch(
-        token_ids=torch.from_numpy(rows.token_ids),
-        targets=torch.from_numpy(rows.targets),
-        weights=torch.from_numpy(rows.weights),
-        segments=torch.from_numpy(rows.segments),
-        positions=torch.from_numpy(rows.positions),
-        row_ids=torch.from_numpy(rows.row_ids),
-    )
+    return Batch(**{field.name: torch.from_numpy(getattr(rows, field.name)) for field in fields(Batch)})

@@ -7,6 +7,7 @@ manifest; a folder without it was never finished and is not read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ from outgrow.storage import digest, sync_tree, tree_digests
 
 MARKER = "COMMITTED"
 FILES = "files"
-"""Key of the manifest that holds the sha256 of every file by relative path."""
+"""Key of the manifest that holds the sha256 of every file by relative path; a store's leaves out the shards, whose digests are
+in ``shards.safetensors`` of their folder."""
 
 
-def commit(folder: Path, name: str, facts: dict[str, Any]) -> None:
+def commit(folder: Path, name: str, facts: dict[str, Any], digests: Mapping[str, str] | None = None) -> None:
     """Write the manifest ``name`` (``facts`` and the digest of every file below ``folder``), then the marker; all durable.
 
-    The folder is still aside; the caller renames it into place.
+    ``digests`` is given where they are known, or where some files are vouched for by another. The folder is still aside; the
+    caller renames it into place.
     """
-    text = json.dumps({**facts, FILES: tree_digests(folder)}, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    files = tree_digests(folder) if digests is None else dict(digests)
+    text = json.dumps({**facts, FILES: files}, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     (folder / name).write_bytes(text)
     (folder / MARKER).write_text(digest(text) + "\n")
     sync_tree(folder)

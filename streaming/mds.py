@@ -1,7 +1,7 @@
 """Reads MDS folders: any that MosaicML's ``MDSWriter`` wrote, ours and foreign ones, through mapped memory and without a copy.
 
-A folder is not trusted. Names that lead elsewhere, links, pickle columns and counts that cannot be are refused; a shard is
-checked against its digest once, before its first sample is used; and every offset is checked against the shard before it is
+A foreign folder is not trusted. Names that lead elsewhere, links, pickle columns and counts that cannot be are refused; a shard
+is checked against its digest once, before its first sample is used; and every offset is checked against the shard before it is
 followed. The format: a shard is uint32 count, uint32 offsets [count + 1], a JSON header, samples; a sample is the uint32
 sizes of its columns of variable size, then all columns in the order of their names.
 """
@@ -25,7 +25,7 @@ import numpy.typing as npt
 import zstandard
 
 from outgrow.errors import DataError, IntegrityError
-from outgrow.streaming.mds_index import INDEX, File, Shard, read_index
+from outgrow.streaming.mds_index import Column, File, Shard, Shards, header_columns, read_index, read_our_shards
 
 Array: TypeAlias = npt.NDArray[Any]
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -42,36 +42,39 @@ class _OpenShard:
     """A mapped and checked shard: where each column of each sample starts and stops, int64 [samples] each."""
 
     data: memoryview
+    columns: Mapping[str, Column]
     starts: Mapping[str, Int64]
     stops: Mapping[str, Int64]
 
 
 class MdsFolder:
-    """The samples of one MDS folder, numbered over its shards in the order of ``index.json``.
+    """The samples of one MDS folder, numbered over its shards in their order.
 
-    ``digests`` is sha256 by file name and must name every file that is read; where it is None (a folder that another program
-    wrote) the hashes that the index itself declares are checked. At most ``open_shards`` shards stay mapped; a compressed shard
-    is unpacked into an unnamed temporary file of the size that the index declares.
+    ``expected`` is the sha256 of ``shards.safetensors``, which holds that of every shard; where it is None (a folder that
+    another program wrote) ``index.json`` is read, and the hashes that it declares are checked. At most ``open_shards`` shards
+    stay mapped; a compressed shard is unpacked into an unnamed temporary file of the size that is declared.
 
     Raises ``DataError`` for an index that is missing, malformed or hostile, ``IntegrityError`` for bytes that differ.
     """
 
-    def __init__(self, folder: Path, digests: Mapping[str, str] | None = None, *, open_shards: int = 8) -> None:
+    def __init__(self, folder: Path, expected: str | None = None, *, open_shards: int = 8) -> None:
         self.folder = folder
-        self._digests = digests
-        self._shards = read_index(folder, None if digests is None else digests[INDEX])
-        self._ends: list[int] = np.cumsum([shard.samples for shard in self._shards], dtype=np.int64).tolist()
+        self._shards: Shards = read_index(folder) if expected is None else read_our_shards(folder, expected)
+        self._ends = self._shards.ends.data  # its items are Python's own integers, which bisect fast
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_shards = open_shards
-        self._verified: dict[int, tuple[int, ...]] = {}
+        self._verified = np.zeros(len(self._ends), np.int64)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def encodings(self) -> dict[str, str]:
         """MDS encoding by column name, of the first shard; empty where there is none."""
-        return {column.name: column.encoding for shard in self._shards[:1] for column in shard.columns.values()}
+        if not len(self._ends):
+            return {}
+        columns = self._shards.shard(0).columns or self._opened(0).columns
+        return {column.name: column.encoding for column in columns.values()}
 
     def column(self, sample: int, name: str) -> Any:
         """One column of one sample: an array for ``ndarray``, ``str`` or ``bytes``; other encodings are not read.
@@ -79,20 +82,19 @@ class MdsFolder:
         An array is a read-only view into the shard and keeps it mapped.
         """
         number = bisect.bisect_right(self._ends, sample)
-        shard = self._shards[number]
         opened = self._opened(number)
-        row = sample - (self._ends[number] - shard.samples)
+        row = sample - (self._ends[number - 1] if number else 0)
         try:
-            return decode(shard.columns[name].encoding, opened.data[opened.starts[name][row] : opened.stops[name][row]])
+            return decode(opened.columns[name].encoding, opened.data[opened.starts[name][row] : opened.stops[name][row]])
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            where = str(self.folder / shard.raw.name)
+            where = str(self.folder / self._shards.shard(number).raw.name)
             raise DataError(f"column '{name}' of sample {row} cannot be read: {error}", where=where) from None
 
     def _opened(self, number: int) -> _OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = self._shards[number]
+        shard = self._shards.shard(number)
         opened = _locate_columns(self._map(number, shard), shard, str(self.folder / shard.raw.name))
         self._open[number] = opened
         if len(self._open) > self._open_shards:
@@ -101,13 +103,13 @@ class MdsFolder:
 
     def _map(self, number: int, shard: Shard) -> memoryview:
         """The uncompressed bytes of a shard, checked; hashing is skipped where the very same file was checked before."""
-        # A foreign folder may keep both files; what outgrow wrote has the compressed one alone.
-        packed = shard.zipped is not None and (self._digests is not None or not (self.folder / shard.raw.name).exists())
+        # A foreign folder may keep both files.
+        packed = shard.zipped is not None and (shard.zipped_alone or not (self.folder / shard.raw.name).exists())
         file = shard.zipped if shard.zipped is not None and packed else shard.raw
         path = self.folder / file.name
         data, identity = _map_file(path, file)
-        if self._verified.get(number) != identity:
-            _check(data, path, file.hashes if self._digests is None else {"sha256": self._digests.get(file.name, "")})
+        if self._verified[number] != identity:
+            _check(data, path, file.hashes)
             self._verified[number] = identity
         return _unpack(data, shard.raw.num_bytes, path) if packed else data
 
@@ -135,8 +137,8 @@ def decode(encoding: str, data: memoryview) -> Any:
     return np.frombuffer(data, dtype, offset=at).reshape(shape)
 
 
-def _map_file(path: Path, file: File) -> tuple[memoryview, tuple[int, ...]]:
-    """The mapped bytes of a plain file, and what tells whether it is still the same file."""
+def _map_file(path: Path, file: File) -> tuple[memoryview, int]:
+    """The mapped bytes of a plain file, and a number, not 0, that tells whether it is still the same file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -150,7 +152,7 @@ def _map_file(path: Path, file: File) -> tuple[memoryview, tuple[int, ...]]:
         if stat.st_size != file.num_bytes:
             raise IntegrityError(f"the shard has {stat.st_size:,} bytes, its index says {file.num_bytes:,}", where=str(path))
         mapped = memoryview(mmap.mmap(fd, file.num_bytes, access=mmap.ACCESS_READ))
-        return mapped, (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return mapped, hash((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)) or 1
     finally:
         os.close(fd)
 
@@ -187,25 +189,35 @@ def _unpack(data: memoryview, size: int, path: Path) -> memoryview:
 
 def _locate_columns(data: memoryview, shard: Shard, where: str) -> _OpenShard:
     """Where the columns of every sample lie, once their sizes are found to fill each sample, and the samples the shard."""
+    contradiction = DataError("the offsets of the shard contradict its index or its size", where=where)
     flat = np.frombuffer(data, np.uint8)
     count = int(np.frombuffer(data, "<u4", 1)[0])
     bounds = np.frombuffer(data, "<u4", shard.samples + 1, 4).astype(np.int64)
     begins, ends = bounds[:-1], bounds[1:]
-    cursor = begins + 4 * sum(column.size is None for column in shard.columns.values())
+    if count != shard.samples or bounds[0] < 4 * (count + 2) or bounds[-1] > len(data):
+        raise contradiction
+    columns = shard.columns or _columns_of(data[4 * (count + 2) : bounds[0]], where)
+    cursor = begins + 4 * sum(column.size is None for column in columns.values())
+    if np.any(cursor > ends):
+        raise contradiction
+    header = 0
     starts: dict[str, Int64] = {}
     stops: dict[str, Int64] = {}
-    whole = count == shard.samples and bounds[0] >= 4 * (count + 2) and bounds[-1] <= len(data) and bool(np.all(cursor <= ends))
-    if whole:
-        header = 0
-        for name, column in shard.columns.items():
-            if column.size is None:
-                sizes = flat[begins[:, None] + (header + np.arange(4))].view("<u4")[:, 0].astype(np.int64)
-                header += 4
-            else:
-                sizes = np.full(count, column.size, np.int64)
-            starts[name] = cursor
-            stops[name] = cursor = cursor + sizes
-        whole = bool(np.all(cursor == ends))
-    if not whole:
-        raise DataError("the offsets of the shard contradict its index or its size", where=where)
-    return _OpenShard(data, starts, stops)
+    for name, column in columns.items():
+        if column.size is None:
+            sizes = flat[begins[:, None] + (header + np.arange(4))].view("<u4")[:, 0].astype(np.int64)
+            header += 4
+        else:
+            sizes = np.full(count, column.size, np.int64)
+        starts[name] = cursor
+        stops[name] = cursor = cursor + sizes
+    if np.any(cursor != ends):
+        raise contradiction
+    return _OpenShard(data, columns, starts, stops)
+
+
+def _columns_of(header: memoryview, where: str) -> dict[str, Column]:
+    try:
+        return header_columns(bytes(header))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"the header of the shard does not tell its columns: {error}", where=where) from None

@@ -1,18 +1,27 @@
-"""The index of an MDS folder, which may be hostile: each shard is a plain MDS file of that very folder, or it is refused."""
+"""Which shards an MDS folder has: a foreign one by its ``index.json``, one of ours by ``shards.safetensors``.
+
+A foreign index may be hostile: each shard is a plain MDS file of that very folder, or the index is refused. Our table was
+written by the build and is checked against its digest; a million shards open in a fraction of a second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, Field, ValidationError
 
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest
+from outgrow.streaming.shards import INDEX, SHARDS, ShardTable, shard_name
 
-INDEX = "index.json"
+Int64: TypeAlias = npt.NDArray[np.int64]
+
 _MAX_INDEX_BYTES = 2**30
 _MAX_SHARD_BYTES = 2**32
 """MDS keeps offsets as uint32."""
@@ -38,29 +47,92 @@ class Column:
 
 @dataclass(frozen=True)
 class Shard:
-    """``raw`` is the shard itself, ``zipped`` its compressed form, which then may be the only file there."""
+    """``raw`` is the shard itself, ``zipped`` its compressed form, which then is the only file there if ``zipped_alone``.
+
+    ``columns`` in the order in which a sample holds them; None where the shard's own header tells.
+    """
 
     raw: File
     zipped: File | None
+    zipped_alone: bool
     samples: int
-    columns: Mapping[str, Column]
+    columns: Mapping[str, Column] | None
 
 
-def read_index(folder: Path, expected: str | None) -> list[Shard]:
-    """The shards of ``folder`` in order. ``expected`` is the sha256 of the index, None where nobody has told it.
+class Shards(Protocol):
+    """The shards of a folder in order; ``ends`` int64 [shards] counts the samples up to and including each."""
 
-    Raises ``DataError`` where the index is missing, malformed or hostile, ``IntegrityError`` where it differs.
+    @property
+    def ends(self) -> Int64: ...
+    def shard(self, number: int) -> Shard: ...
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+class OurShards:
+    """The shards that a build wrote, from its table; each is described when it is asked for."""
+
+    def __init__(self, table: ShardTable) -> None:
+        self._table = table
+        self.ends: Int64 = np.cumsum(table.samples, dtype=np.int64)
+
+    def shard(self, number: int) -> Shard:
+        table = self._table
+        raw_bytes, zip_bytes = int(table.raw_bytes[number]), int(table.zip_bytes[number])
+        stored = {"sha256": table.sha256(number)}
+        return Shard(
+            raw=File(shard_name(number, compressed=False), raw_bytes, {} if zip_bytes else stored),
+            zipped=File(shard_name(number, compressed=True), zip_bytes, stored) if zip_bytes else None,
+            zipped_alone=True,
+            samples=int(table.samples[number]),
+            columns=None,
+        )
+
+
+def read_our_shards(folder: Path, expected: str) -> OurShards:
+    """The shards of a folder of ours; ``expected`` is the sha256 of its ``shards.safetensors``.
+
+    Raises ``IntegrityError`` where that file is missing or differs.
     """
+    path = folder / SHARDS
+    if not path.is_file():
+        raise IntegrityError("the file is missing", where=str(path))
+    data = path.read_bytes()
+    if digest(data) != expected:
+        raise IntegrityError("the bytes differ from their digest", where=str(path))
+    return OurShards(ShardTable.parse(data))
+
+
+def header_columns(header: bytes) -> dict[str, Column]:
+    """The columns that the JSON header of a shard tells. Raises ``ValueError`` or ``KeyError`` where it does not."""
+    config = json.loads(header)
+    return _columns(config["column_names"], config["column_encodings"], config["column_sizes"])
+
+
+# --- foreign ones -----------------------------------------------------------------------------------------------------
+
+
+class ListedShards:
+    """The shards that a foreign ``index.json`` lists."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self.ends: Int64 = np.cumsum([shard.samples for shard in shards], dtype=np.int64)
+
+    def shard(self, number: int) -> Shard:
+        return self._shards[number]
+
+
+def read_index(folder: Path) -> ListedShards:
+    """The shards of a foreign folder. Raises ``DataError`` where its index is missing, malformed or hostile."""
     path = folder / INDEX
     if not path.is_file():
         raise DataError("there is no MDS index", where=str(path), hint="an MDS folder holds index.json and its shards")
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise DataError(f"the index is larger than {_MAX_INDEX_BYTES:,} bytes", where=str(path))
-    text = path.read_bytes()
-    if expected is not None and digest(text) != expected:
-        raise IntegrityError("the bytes differ from their digest", where=str(path))
     try:
-        entries = _Index.model_validate_json(text, strict=True).shards
+        entries = _Index.model_validate_json(path.read_bytes(), strict=True).shards
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -72,7 +144,7 @@ def read_index(folder: Path, expected: str | None) -> list[Shard]:
         if problem:
             raise DataError(problem, where=str(path))
         shards.append(_shard(entry))
-    return shards
+    return ListedShards(shards)
 
 
 class _File(BaseModel):
@@ -121,10 +193,15 @@ def _problem(entry: _Shard, seen: set[str]) -> str:
 
 def _shard(entry: _Shard) -> Shard:
     zipped = entry.zip_data
-    columns = zip(entry.column_names, entry.column_encodings, entry.column_sizes, strict=True)
     return Shard(
         raw=File(entry.raw_data.basename, entry.raw_data.bytes, entry.raw_data.hashes),
         zipped=File(zipped.basename, zipped.bytes, zipped.hashes) if zipped else None,
+        zipped_alone=False,
         samples=entry.samples,
-        columns={name: Column(name, encoding, size or None) for name, encoding, size in columns},
+        columns=_columns(entry.column_names, entry.column_encodings, entry.column_sizes),
     )
+
+
+def _columns(names: Sequence[str], encodings: Sequence[str], sizes: Sequence[int | None]) -> dict[str, Column]:
+    columns = zip(names, encodings, sizes, strict=True)
+    return {name: Column(name, encoding, size or None) for name, encoding, size in columns}

@@ -24,8 +24,8 @@ from outgrow.streaming.steps import PackedStep, ReadPlan, StepReader
 
 _READ_AHEAD_BYTES = 256 * 2**20
 _READ_AHEAD_STEPS = 8
-_BYTES_A_TOKEN = 32
-"""int64 token, target and position, float32 weight, int32 segment."""
+_BYTES_A_TOKEN = 36
+"""int64 token, target and position, float32 weight, int32 segment and pair."""
 _START = "from outgrow.streaming.read_ahead import serve; serve({fd}, {parent})"
 
 
@@ -103,10 +103,12 @@ def _obituary(process: subprocess.Popen[bytes]) -> str:
     return f"loader worker {process.pid} {how} before its last step"
 
 
-def read_ahead_depth(plan: ReadPlan, sequence_length: int) -> int:
-    """Steps that a worker may be ahead: bounded in number and in bytes, at least one."""
+def read_ahead_depth(plan: ReadPlan) -> int:
+    """Steps that a worker may be ahead, the longest rows of the run in all of them: bounded in number and in bytes, at least
+    one."""
     rows = plan.layout.accumulation * plan.layout.micro_rows
-    return max(1, min(_READ_AHEAD_STEPS, _READ_AHEAD_BYTES // (rows * sequence_length * _BYTES_A_TOKEN)))
+    longest = max(phase.sequence_length for phase in plan.mix.phases)
+    return max(1, min(_READ_AHEAD_STEPS, _READ_AHEAD_BYTES // (rows * longest * _BYTES_A_TOKEN)))
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------

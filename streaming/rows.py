@@ -1,58 +1,63 @@
-"""The row index of a token store: which tokens of which documents make up each row. Pure numpy; no token is read.
+"""The row index of a token store: which tokens of which documents make up each row. No token is read.
 
-Within each stream and split the documents are shuffled inside windows of neighbouring shards, laid end to end and cut every
-``sequence_length`` tokens. So every token is in exactly one row, only the last row of a stream's split is short, and reading
-rows in order touches few shards at a time. Another length, window or seed is another index, not another store.
+All rows of a stream and split lie in *windows* of neighbouring shards. The documents of a window are shuffled (or stay in their
+order) and become rows by themselves, so reading rows in order touches few shards at a time, and a window is made, kept and read
+without the others. Each token of a document that is used lies in exactly one row. Another length, window, seed or choice of
+documents is another index, not another store.
 
 What a row predicts. The target of a position is the next token of the same document, also where the cut falls between the two:
 the last position of a row then predicts the first token of the next row. So every token but the first of each document is
-predicted exactly once, and the last token of a document predicts nothing.
+predicted exactly once, and the last token of a document predicts nothing. The two answers of a preference pair are a document
+each in this respect.
+
+``index.json`` is the manifest: counts, fingerprints and the sha256 of every file; ``row_files`` says what else there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load, save_file
 
 from outgrow.contracts import Record
-from outgrow.errors import DataError, IntegrityError
-from outgrow.storage import digest, fingerprint
-from outgrow.streaming.aside import aside_folder, put_in_place, remove_abandoned
-from outgrow.streaming.documents import Documents
-from outgrow.streaming.manifest import FILES, commit, is_committed, read_manifest
-from outgrow.streaming.shuffle import permutation
+from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.row_files import WindowReader, read_window_table, rows_file, windows_file
+from outgrow.streaming.row_windows import Span, Window
+from outgrow.streaming.selection import Split
 
-FORMAT = 1
-"""Counts up when the same inputs would give other rows."""
 STORE_MANIFEST = "store.json"
 INDEX_MANIFEST = "index.json"
-Split: TypeAlias = Literal["train", "validation"]
 Int64: TypeAlias = npt.NDArray[np.int64]
-Float64: TypeAlias = npt.NDArray[np.float64]
 
-
-class Span(NamedTuple):
-    """``length`` tokens of a document from token ``start`` on; ``document`` counts the samples of the stream's MDS folder."""
-
-    document: int
-    start: int
-    length: int
+_OPEN_WINDOWS = 2
+"""Decoded windows of a stream that stay in memory: the one that is read, and its neighbour in the order of reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitFacts(Record):
-    """Counts of one split of one stream."""
+    """Counts of one split of one stream.
+
+    ``documents`` and ``tokens`` are what lies in rows; ``dropped`` counts the documents that do not, by reason.
+    ``fewest_rows`` is a lower bound of ``rows``, the best we know, window by window. Of the ``cuts`` between the rows of a
+    window, ``cuts_at_borders`` lie between documents or at the end of a sentence or turn. ``sequential`` where rows are in the
+    order of the source; ``pairs`` where documents are preference pairs.
+    """
 
     name: str
     documents: int
     tokens: int
     rows: int
+    fewest_rows: int
+    cuts: int
+    cuts_at_borders: int
+    sequential: bool
+    pairs: bool
+    dropped: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,42 +92,64 @@ class IndexFacts(Record):
         return self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class StreamRows:
-    """The rows of one split of one stream.
+    """The rows of one split of one stream, numbered from 0.
 
-    order        int64 [documents]    the document at each place, as numbered in the MDS folder
-    ends         int64 [documents]    tokens up to and including the document at each place
-    weights      float64 [rows]       sum of the loss weights of the row's targets
-    window_rows  int64 [windows + 1]  first row of each window; a row belongs to the window of its first token
+    ``window_rows`` int64 [windows + 1] is the first row of each window; ``read`` gives a window, and few are kept.
     """
 
     name: str
     sequence_length: int
-    order: Int64
-    ends: Int64
-    weights: Float64
     window_rows: Int64
+    read: Callable[[int], Window]
+    sequential: bool = False
+    pairs: bool = False
+    _open: OrderedDict[int, Window] = field(default_factory=OrderedDict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
-        return len(self.weights)
+        return int(self.window_rows[-1])
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+    def window(self, number: int) -> Window:
+        """One window. Raises ``IntegrityError`` where its bytes differ from their digest."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        window = self._open[number] = self.read(number)
+        if len(self._open) > _OPEN_WINDOWS:
+            self._open.popitem(last=False)
+        return window
+
+    def locate(self, row: int) -> tuple[Window, int]:
+        """The window of a row, and its number there."""
+        number = int(np.searchsorted(self.window_rows, row, "right")) - 1
+        return self.window(number), row - int(self.window_rows[number])
 
     def spans(self, row: int) -> list[Span]:
         """What lies in a row, in order."""
-        start = row * self.sequence_length
-        stop = min(start + self.sequence_length, self.num_tokens)
-        first = int(np.searchsorted(self.ends, start, "right"))
-        last = int(np.searchsorted(self.ends, stop, "left"))
-        ends = [int(self.ends[first - 1]) if first else 0, *self.ends[first : last + 1].tolist()]
-        return [
-            Span(document, max(start, begin) - begin, min(stop, end) - max(start, begin))
-            for document, begin, end in zip(self.order[first : last + 1].tolist(), ends[:-1], ends[1:], strict=True)
-        ]
+        window, own = self.locate(row)
+        return window.spans(own)
+
+    def weight(self, row: int) -> float:
+        """Sum of the loss weights of a row's targets."""
+        window, own = self.locate(row)
+        return float(window.weights[own])
+
+    def tokens(self, row: int) -> int:
+        """Tokens of a row; at most the sequence length."""
+        window, own = self.locate(row)
+        return int(window.cuts[own + 1] - window.cuts[own])
+
+    def sums(self, rows: Int64) -> tuple[float, int]:
+        """Loss weights and tokens of the rows together."""
+        numbers = np.searchsorted(self.window_rows, rows, "right") - 1
+        weight, tokens = 0.0, 0
+        for number in np.unique(numbers).tolist():
+            window, own = self.window(number), rows[numbers == number] - self.window_rows[number]
+            weight += float(window.weights[own].sum())
+            tokens += int((window.cuts[own + 1] - window.cuts[own]).sum())
+        return weight, tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +162,16 @@ class RowIndex:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Raises ``DataError`` where the index was never committed, ``IntegrityError`` where a byte differs."""
-        manifest = read_manifest(folder, INDEX_MANIFEST)
-        facts = IndexFacts.from_dict({name: manifest[name] for name in IndexFacts.__dataclass_fields__})
-        return cls(
-            facts,
-            tuple(_read_rows(folder, manifest, "train", split, facts.sequence_length) for split in facts.train),
-            tuple(_read_rows(folder, manifest, "validation", split, facts.sequence_length) for split in facts.validation),
-        )
+        """Reads the tables of windows alone; rows are read, and checked, when they are asked for.
+
+        Raises ``DataError`` where the index was never committed, ``IntegrityError`` where a byte differs.
+        """
+        facts, digests = read_facts(folder)
+
+        def streams(split: Split, own: tuple[SplitFacts, ...]) -> tuple[StreamRows, ...]:
+            return tuple(_open(folder, digests, split, stream, facts.sequence_length) for stream in own)
+
+        return cls(facts, streams("train", facts.train), streams("validation", facts.validation))
 
     def streams(self, split: Split) -> tuple[StreamRows, ...]:
         return self.train if split == "train" else self.validation
@@ -151,146 +180,23 @@ class RowIndex:
         """Number of the first row of each stream, and the count of all rows, int64 [streams + 1]."""
         return np.cumsum([0, *(stream.num_rows for stream in self.streams(split))], dtype=np.int64)
 
-    def weights(self, split: Split) -> Float64:
-        """Sum of loss weights of every row, float64 [rows]."""
-        return np.concatenate([np.empty(0), *(stream.weights for stream in self.streams(split))])
 
-    def tokens(self, split: Split) -> Int64:
-        """Tokens of every row, int64 [rows]: the sequence length but in the last row of each stream."""
-        counts = np.full(self.first_rows(split)[-1], self.facts.sequence_length, np.int64)
-        for stream, after in zip(self.streams(split), self.first_rows(split)[1:], strict=True):
-            if stream.num_rows:
-                counts[after - 1] = stream.num_tokens - (stream.num_rows - 1) * self.facts.sequence_length
-        return counts
+def read_facts(folder: Path) -> tuple[IndexFacts, dict[str, str]]:
+    """The facts of a committed index, and the sha256 of its files.
 
-
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-def index_fingerprint(store_fingerprint: str, *, sequence_length: int, window_shards: int, seed: int) -> str:
-    """sha256 of all that decides the rows."""
-    return fingerprint(
-        {"rows": FORMAT, "store": store_fingerprint, "length": sequence_length, "window": window_shards, "seed": seed}
-    )
-
-
-def build_index(store: Path, out: Path, *, sequence_length: int, window_shards: int, seed: int) -> IndexFacts:
-    """Make the row index of a committed store in the folder ``out``; one that is there already is only opened.
-
-    Written aside beside ``out`` and renamed. The store's manifest gives ``fingerprint`` and the digests of its files.
+    Raises ``DataError`` where it was never committed, ``IntegrityError`` where its manifest differs.
     """
-    if is_committed(out):
-        return RowIndex.open(out).facts
-    manifest = read_manifest(store, STORE_MANIFEST)
-    names = sorted({key.split("/")[1] for key in manifest[FILES] if key.startswith("streams/")})
-    remove_abandoned(out.parent)
-    with aside_folder(out.parent) as aside:
-        facts: dict[Split, list[SplitFacts]] = {"train": [], "validation": []}
-        for split in facts:
-            for name in names:
-                rows = _cut(store, manifest[FILES], name, split, sequence_length, window_shards, seed)
-                save_file(_arrays(rows), aside / _file(name, split))
-                facts[split].append(
-                    SplitFacts(name=name, documents=len(rows.order), tokens=rows.num_tokens, rows=rows.num_rows)
-                )
-        made = IndexFacts(
-            fingerprint=index_fingerprint(
-                manifest["fingerprint"], sequence_length=sequence_length, window_shards=window_shards, seed=seed
-            ),
-            store_fingerprint=manifest["fingerprint"],
-            sequence_length=sequence_length,
-            window_shards=window_shards,
-            seed=seed,
-            train=tuple(facts["train"]),
-            validation=tuple(facts["validation"]),
-        )
-        commit(aside, INDEX_MANIFEST, made.to_dict())
-        if not put_in_place(aside, out):  # another build of the same index was faster
-            return RowIndex.open(out).facts
-    return made
+    manifest = read_manifest(folder, INDEX_MANIFEST)
+    return IndexFacts.from_dict({name: manifest[name] for name in IndexFacts.__dataclass_fields__}), manifest[FILES]
 
 
-def _cut(
-    store: Path, digests: Mapping[str, str], name: str, split: Split, sequence_length: int, window_shards: int, seed: int
-) -> StreamRows:
-    """Shuffle the documents of one split of one stream within windows, and cut them into rows."""
-    folder = f"streams/{name}/{split}"
-    documents = load(_read_checked(store / folder / "documents.safetensors", digests[f"{folder}/documents.safetensors"]))
-    window = documents["shard"].astype(np.int64) // window_shards
-    if np.any(np.diff(window) < 0):
-        raise DataError("documents are not in the order of their shards", where=str(store / folder))
-    # Where each window's documents begin; each window draws by itself, so it does not depend on those before it.
-    bounds = np.searchsorted(window, np.arange(window[-1] + 2 if len(window) else 1))
-    order = _concatenate(
-        begin + permutation(end - begin, "documents", seed, name, split, number)
-        for number, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-    )
-    lengths = documents["lengths"][order]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    tokens = int(ends[-1]) if len(ends) else 0
-    num_rows = -(-tokens // sequence_length)
-    window_starts = np.concatenate([[0], ends])[bounds]
-    rows = StreamRows(
-        name=name,
+def _open(folder: Path, digests: Mapping[str, str], split: Split, facts: SplitFacts, sequence_length: int) -> StreamRows:
+    table = read_window_table(folder, facts.name, split, digests[windows_file(facts.name, split)])
+    return StreamRows(
+        name=facts.name,
         sequence_length=sequence_length,
-        order=order,
-        ends=ends,
-        weights=_uniform_weights(ends, tokens, num_rows, sequence_length),
-        window_rows=-(-window_starts // sequence_length),
+        window_rows=table.rows,
+        read=WindowReader(folder / rows_file(facts.name, split), table),
+        sequential=facts.sequential,
+        pairs=facts.pairs,
     )
-    if not documents["uniform"].all():
-        _add_weights(rows, documents, Documents(store, name, split, digests, open_shards=4))
-    return rows
-
-
-def _uniform_weights(ends: Int64, tokens: int, num_rows: int, sequence_length: int) -> Float64:
-    """Targets in each row, float64 [rows]: its tokens less the documents that end in it."""
-    cuts = np.minimum(np.arange(num_rows + 1, dtype=np.int64) * sequence_length, tokens)
-    targets: Int64 = np.diff(cuts) - np.diff(np.searchsorted(ends, cuts, "right"))
-    return targets.astype(np.float64)
-
-
-def _add_weights(rows: StreamRows, documents: Mapping[str, npt.NDArray[Any]], reader: Documents) -> None:
-    """Correct ``rows.weights`` for documents whose loss weights are not all 1; only those that a cut divides are read."""
-    ends = rows.ends
-    begins = ends - documents["lengths"][rows.order]
-    first, last = begins // rows.sequence_length, (ends - 1) // rows.sequence_length
-    weighted = ~documents["uniform"][rows.order]
-    whole = np.flatnonzero(weighted & (first == last))
-    np.add.at(rows.weights, first[whole], documents["weight"][rows.order[whole]] - (ends[whole] - begins[whole] - 1))
-    for place in np.flatnonzero(weighted & (first != last)).tolist():
-        weights = reader.weights(int(rows.order[place]))
-        assert weights is not None, "documents.safetensors says that the weights are not uniform"
-        surplus = weights[1:].astype(np.float64) - 1
-        np.add.at(rows.weights, np.arange(begins[place], ends[place] - 1) // rows.sequence_length, surplus)
-
-
-def _concatenate(parts: Iterable[Int64]) -> Int64:
-    return np.concatenate([np.empty(0, np.int64), *parts])
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _file(name: str, split: Split) -> str:
-    return f"{name}.{split}.safetensors"
-
-
-def _arrays(rows: StreamRows) -> dict[str, npt.NDArray[Any]]:
-    return {"order": rows.order, "ends": rows.ends, "weights": rows.weights, "window_rows": rows.window_rows}
-
-
-def _read_rows(folder: Path, manifest: Mapping[str, Any], split: Split, facts: SplitFacts, sequence_length: int) -> StreamRows:
-    file = _file(facts.name, split)
-    arrays = load(_read_checked(folder / file, manifest[FILES][file]))
-    return StreamRows(name=facts.name, sequence_length=sequence_length, **arrays)
-
-
-def _read_checked(path: Path, expected: str) -> bytes:
-    """The bytes of a file, whole. Raises ``IntegrityError`` where it is missing or differs."""
-    if not path.is_file():
-        raise IntegrityError("the file is missing", where=str(path))
-    data = path.read_bytes()
-    if digest(data) != expected:
-        raise IntegrityError("the bytes differ from their digest", where=str(path))
-    return data

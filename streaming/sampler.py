@@ -1,65 +1,85 @@
-"""Which rows make up each optimizer step: a pure function of row index, seed and global batch.
+"""Which rows make up each optimizer step: a pure function of row indexes, mix and seed.
 
 Nothing here knows of ranks, nodes, loader workers or restarts, so the ordered list of a step is the same wherever it is asked
-for. Each row comes once an epoch; the last step of an epoch holds what is left and may be short.
+for. ``recipes.mix`` says how many rows of each stream have come before a step; here a place in a stream's endless sequence of
+passes becomes a row. In a pass the windows are shuffled, and the rows inside a window when the pass comes to it; a sequential
+stream keeps its order. So a stream is read window by window, and no array is as long as a stream has rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
+from outgrow.recipes.mix import Mix, Phase
 from outgrow.streaming.rows import RowIndex, StreamRows
-from outgrow.streaming.shuffle import permutation, sort_keys
+from outgrow.streaming.shuffle import permutation
 
 Int64 = npt.NDArray[np.int64]
 
-
-def epoch_order(index: RowIndex, seed: int, epoch: int) -> Int64:
-    """All training rows in the order of one epoch, int64 [rows].
-
-    In each stream the windows are shuffled, and the rows inside a window; then the streams are merged by how far along each is,
-    so that every stretch has the mix of the whole, and each stream is still read window by window.
-    """
-    firsts = index.first_rows("train")
-    rows = [first + _stream_order(stream, seed, epoch) for stream, first in zip(index.train, firsts[:-1], strict=True)]
-    places = [(np.arange(len(own)) + 0.5) / max(len(own), 1) for own in rows]
-    merged = np.argsort(np.concatenate([np.empty(0), *places]), kind="stable")
-    order: Int64 = np.concatenate([np.empty(0, np.int64), *rows])[merged]
-    return order
+_PASSES_KEPT = 2
+"""A step that ends one pass begins the next."""
+_WINDOWS_KEPT = 4
 
 
-def _stream_order(stream: StreamRows, seed: int, epoch: int) -> Int64:
-    windows = len(stream.window_rows) - 1
-    place_of_window = np.argsort(permutation(windows, "windows", seed, stream.name, epoch))
-    window_of_row = np.repeat(np.arange(windows), np.diff(stream.window_rows))
-    keys = sort_keys(stream.num_rows, "rows", seed, stream.name, epoch)
-    order: Int64 = np.lexsort((keys, place_of_window[window_of_row]))
-    return order
+class StreamOrder:
+    """The rows of one stream, pass after pass; keeps the order of the windows of a pass or two, and of a few windows' rows."""
+
+    def __init__(self, stream: StreamRows, seed: int) -> None:
+        self._stream = stream
+        self._seed = seed
+        self._windows = lru_cache(_PASSES_KEPT)(self._order_of_windows)
+        self._rows = lru_cache(_WINDOWS_KEPT)(self._order_within)
+
+    def row(self, place: int) -> int:
+        """The row at ``place`` of the endless sequence of passes."""
+        number, within = divmod(place, self._stream.num_rows)
+        if self._stream.sequential:
+            return within
+        windows, ends = self._windows(number)
+        turn = int(np.searchsorted(ends, within, "right"))
+        rows = self._rows(number, int(windows[turn]))
+        return int(rows[within - int(ends[turn])])  # counted from the window's end
+
+    def _order_of_windows(self, number: int) -> tuple[Int64, Int64]:
+        """The windows of a pass in order, int64 [windows], and how many rows have gone by at the end of each."""
+        starts = self._stream.window_rows
+        order = permutation(len(starts) - 1, "windows", self._seed, self._stream.name, number)
+        return order, np.cumsum(np.diff(starts)[order])
+
+    def _order_within(self, number: int, window: int) -> Int64:
+        """The rows of a window in the order of a pass, int64."""
+        first, after = self._stream.window_rows[window : window + 2].tolist()
+        order: Int64 = first + permutation(after - first, "rows", self._seed, self._stream.name, number, skip=first)
+        return order
 
 
 class Sampler:
-    """The rows of each step; keeps the order of one epoch, 8 bytes a row."""
+    """The rows of each step. ``indexes`` are opened, in the order of the card that ``mix`` was made of."""
 
-    def __init__(self, index: RowIndex, *, seed: int, global_rows: int) -> None:
-        self.index = index
-        self.seed = seed
-        self.global_rows = global_rows
-        self.steps_per_epoch = -(-index.facts.rows // global_rows)
-        self._epoch = -1
-        self._order: Int64 = np.empty(0, np.int64)
+    def __init__(self, indexes: Sequence[RowIndex], mix: Mix, seed: int) -> None:
+        self.mix = mix
+        self._orders = [[StreamOrder(stream, seed) for stream in index.streams("train")] for index in indexes]
+        self._first_rows = [index.first_rows("train").tolist() for index in indexes]
+        for index in indexes:
+            names = tuple(stream.name for stream in index.streams("train"))
+            assert names == mix.streams, "an index of other streams than the card's"
+
+    def phase(self, step: int) -> Phase:
+        """The epoch or stage of a step; its ``index`` is the one that the step's rows are numbered in."""
+        return self.mix.phase(step)
 
     def epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
+        return self.mix.phase(step).epoch
 
     def row_ids(self, step: int) -> tuple[int, ...]:
-        """The ordered rows of optimizer step ``step`` (from 0) over all ranks; ``global_rows`` of them, fewer at an epoch's
-        end."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self.index, self.seed, epoch)
-        start = within * self.global_rows
-        return tuple(self._order[start : start + self.global_rows].tolist())
+        """The ordered rows of optimizer step ``step`` (from 0) over all ranks; fewer at an epoch's end."""
+        index = self.mix.phase(step).index
+        orders, firsts = self._orders[index], self._first_rows[index]
+        return tuple(firsts[stream] + orders[stream].row(place) for stream, place in self.mix.rows(step))
 
 
 def validation_rows(stream: StreamRows, max_rows: int) -> tuple[int, ...]:

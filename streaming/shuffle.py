@@ -12,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 
-def sort_keys(count: int, *entropy: int | str) -> npt.NDArray[np.uint64]:
-    """``count`` draws, uint64 [count], that depend on ``entropy`` alone; sorting by them shuffles."""
+def sort_keys(count: int, *entropy: int | str, skip: int = 0) -> npt.NDArray[np.uint64]:
+    """Draws ``skip`` to ``skip`` + ``count`` of a sequence that depends on ``entropy`` alone, uint64 [count]; sorting by them
+    shuffles. Draws that are skipped cost nothing: the generator jumps over them.
+    """
     seeds = [item if isinstance(item, int) else _number(item) for item in entropy]
-    return np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+    return np.random.PCG64(np.random.SeedSequence(seeds)).advance(skip).random_raw(count)
 
 
-def permutation(count: int, *entropy: int | str) -> npt.NDArray[np.int64]:
-    """0 to ``count`` - 1 in an order that depends on ``entropy`` alone, int64 [count]."""
-    return np.argsort(sort_keys(count, *entropy), kind="stable").astype(np.int64, copy=False)
+def permutation(count: int, *entropy: int | str, skip: int = 0) -> npt.NDArray[np.int64]:
+    """0 to ``count`` - 1 in an order that depends on ``entropy`` alone, int64 [count]; see ``sort_keys``."""
+    return np.argsort(sort_keys(count, *entropy, skip=skip), kind="stable").astype(np.int64, copy=False)
 
 
 def _number(text: str) -> int:

@@ -1,4 +1,4 @@
-"""What one rank computes in each optimizer step, read from store and index: the work that loader workers do ahead of time."""
+"""What one rank computes in each optimizer step, read from store and indexes: the work that loader workers do ahead of time."""
 
 from __future__ import annotations
 
@@ -7,23 +7,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from outgrow.contracts import Layout, Record
 from outgrow.errors import DataError, IntegrityError
+from outgrow.recipes.mix import Mix
 from outgrow.streaming.documents import Documents
 from outgrow.streaming.manifest import FILES, read_manifest
 from outgrow.streaming.packing import PackedRows, pack
-from outgrow.streaming.rows import STORE_MANIFEST, RowIndex, Split
+from outgrow.streaming.rows import STORE_MANIFEST, RowIndex
 from outgrow.streaming.sampler import Sampler, validation_rows
+from outgrow.streaming.selection import Split
+
+_NEIGHBOUR_SHARDS = 2
+"""Shards that stay mapped beside those of one window, for the step that ends a window and begins the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexPlace(Record):
+    """A row index on this node: its folder, and the fingerprint that the dataset's card gives."""
+
+    folder: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadPlan(Record):
-    """All that reading takes, as plain data for another process. ``store`` and ``index`` are local folders."""
+    """All that reading takes, as plain data for another process. ``store`` is a local folder; ``indexes`` are in the order of
+    the dataset's card, by which ``mix`` counts them."""
 
     store: str
-    index: str
-    index_fingerprint: str
+    indexes: tuple[IndexPlace, ...]
+    mix: Mix
     layout: Layout
     rank: int
     seed: int
@@ -43,47 +58,57 @@ class PackedStep:
 
 
 class SplitReader:
-    """The rows of one split, packed for one rank."""
+    """The rows of one split of one index, packed for one rank; ``documents`` has those of each stream."""
 
-    def __init__(self, plan: ReadPlan, split: Split) -> None:
-        self.index = _open_index(plan)
+    def __init__(self, plan: ReadPlan, index: RowIndex, split: Split, documents: Sequence[Documents]) -> None:
         self.plan = plan
-        self.streams = self.index.streams(split)
-        self.first_rows = self.index.first_rows(split)
-        self._weights = self.index.weights(split)
-        self._tokens = self.index.tokens(split)
-        digests = read_manifest(Path(plan.store), STORE_MANIFEST)[FILES]
-        # A window's rows touch all of its shards; the rows at its ends reach into the neighbours.
-        open_shards = self.index.facts.window_shards + 2
-        self._documents = [
-            Documents(Path(plan.store), stream.name, split, digests, open_shards=open_shards) for stream in self.streams
-        ]
+        self.streams = index.streams(split)
+        self.first_rows = index.first_rows(split)
+        self._documents = documents
 
     def read(self, step: int, epoch: int, row_ids: Sequence[int]) -> PackedStep:
         """The rank's share of the ordered rows of a step."""
-        ids = np.asarray(row_ids, np.int64)
+        weight, tokens = self._sums(np.asarray(row_ids, np.int64))
         return PackedStep(
             step=step,
             epoch=epoch,
             row_ids=tuple(row_ids),
-            global_weight=float(self._weights[ids].sum()),
-            tokens=int(self._tokens[ids].sum()),
+            global_weight=weight,
+            tokens=tokens,
             micro_batches=tuple(
                 pack(rows, self.streams, self.first_rows, self._documents, fill_token=self.plan.fill_token)
                 for rows in self.plan.layout.rank_rows(tuple(row_ids), self.plan.rank)
             ),
         )
 
+    def _sums(self, row_ids: npt.NDArray[np.int64]) -> tuple[float, int]:
+        """Loss weights and tokens of all rows of a step."""
+        owners = np.searchsorted(self.first_rows, row_ids, "right") - 1
+        weight, tokens = 0.0, 0
+        for owner in np.unique(owners).tolist():
+            more = self.streams[owner].sums(row_ids[owners == owner] - self.first_rows[owner])
+            weight, tokens = weight + more[0], tokens + more[1]
+        return weight, tokens
+
 
 class StepReader:
     """The training steps of one rank, in any order."""
 
     def __init__(self, plan: ReadPlan) -> None:
-        self._rows = SplitReader(plan, "train")
-        self._sampler = Sampler(self._rows.index, seed=plan.seed, global_rows=plan.layout.global_rows)
+        indexes = [_open_index(plan, place) for place in plan.indexes]
+        documents = _open_documents(plan, indexes[0], "train")  # the indexes of a card are of one store
+        self._readers = [SplitReader(plan, index, "train", documents) for index in indexes]
+        self._sampler = Sampler(indexes, plan.mix, plan.seed)
 
     def read(self, step: int) -> PackedStep:
-        return self._rows.read(step, self._sampler.epoch(step), self._sampler.row_ids(step))
+        phase = self._sampler.phase(step)
+        return self._readers[phase.index].read(step, phase.epoch, self._sampler.row_ids(step))
+
+
+def validation_reader(plan: ReadPlan) -> SplitReader:
+    """The held-out rows, of the first index."""
+    index = _open_index(plan, plan.indexes[0])
+    return SplitReader(plan, index, "validation", _open_documents(plan, index, "validation"))
 
 
 def validation_steps(reader: SplitReader, max_rows: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -96,10 +121,17 @@ def validation_steps(reader: SplitReader, max_rows: int) -> list[tuple[str, tupl
     return steps
 
 
-def _open_index(plan: ReadPlan) -> RowIndex:
-    index = RowIndex.open(Path(plan.index))
-    if index.facts.fingerprint != plan.index_fingerprint:
-        raise IntegrityError("the row index is another one than the dataset's card names", where=plan.index)
+def _open_index(plan: ReadPlan, place: IndexPlace) -> RowIndex:
+    index = RowIndex.open(Path(place.folder))
+    if index.facts.fingerprint != place.fingerprint:
+        raise IntegrityError("the row index is another one than the dataset's card names", where=place.folder)
     if not index.facts.rows:
         raise DataError("the dataset has no training row", where=plan.store)
     return index
+
+
+def _open_documents(plan: ReadPlan, index: RowIndex, split: Split) -> list[Documents]:
+    store = Path(plan.store)
+    digests = read_manifest(store, STORE_MANIFEST)[FILES]
+    open_shards = index.facts.window_shards + _NEIGHBOUR_SHARDS
+    return [Documents(store, stream.name, split, digests, open_shards=open_shards) for stream in index.streams(split)]

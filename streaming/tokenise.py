@@ -1,124 +1,164 @@
-"""Work units to token blocks: read, decode, encode, and choose each document's split. Runs in the processes of a build."""
+"""Work units to token blocks: read, clean, choose the split, render and encode. Runs in the processes of a build."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from outgrow.errors import DataError
-from outgrow.streaming.sources import Document, Skipped, Unit
-from outgrow.streaming.sources.document import SkipReason
-from outgrow.streaming.tokenizer import TextTokenizer, Tokens
+from outgrow.recipes.schema.data import Data
+from outgrow.recipes.schema.streams import Stream
+from outgrow.streaming.cleaning import Cleaner
+from outgrow.streaming.contents import clean_content, content_digest, held_out, is_empty, side_digest, texts_of, with_content
+from outgrow.streaming.render import Rendered, Renderer
+from outgrow.streaming.sources.document import Document, Dropped, Unit
+from outgrow.streaming.token_block import StoredDocument, TokenBlock, make_block
+from outgrow.streaming.word_cache import CachingTokenizer
 
 _BATCH_CHARS = 256 * 1024
-"""Characters that are encoded at once."""
+"""Characters that are rendered and encoded at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenBlock:
-    """The documents of one unit of stream number ``stream``: ``tokens`` uint16 or uint32, one after the other, each with its
-    end-of-text token.
+class TokeniseWork:
+    """What a process of the build does, as plain data: called there, it gives the function from units to blocks.
 
-    ``lengths`` int64 [documents]; ``validation``, ``sources`` and ``metas`` have one a document; ``num_bytes`` is the unit's.
+    ``tokenizer`` holds the files of the tokenizer by name, for another node may not see the building folder; ``templates`` the
+    chat template of each stream, None where it has none.
     """
 
-    stream: int
-    num_bytes: int
-    tokens: Tokens
-    lengths: npt.NDArray[np.int64]
-    validation: tuple[bool, ...]
-    sources: tuple[str, ...]
-    metas: tuple[dict[str, Any], ...]
-    skipped: dict[SkipReason, int]
+    tokenizer: Mapping[str, bytes]
+    templates: tuple[str | None, ...]
+    streams: tuple[Stream, ...]
+    validation_fraction: float
+    languages: bool
+    signatures: bool
 
-    def documents(self) -> Iterator[tuple[Tokens, str, dict[str, Any], bool]]:
-        """Tokens, source, meta and whether it is held out for validation, of each document."""
-        ends = np.cumsum(self.lengths).tolist()
-        for end, length, source, meta, validation in zip(
-            ends, self.lengths.tolist(), self.sources, self.metas, self.validation, strict=True
-        ):
-            yield self.tokens[end - length : end], source, meta, validation
+    def __call__(self) -> Tokenise:
+        return Tokenise(self)
+
+
+def tokenise_work(
+    folder: Path, templates: tuple[str | None, ...], data: Data, *, languages: bool, signatures: bool
+) -> TokeniseWork:
+    """The work of a build with the tokenizer in ``folder``."""
+    return TokeniseWork(
+        tokenizer={path.name: path.read_bytes() for path in sorted(folder.iterdir())},
+        templates=templates,
+        streams=data.streams,
+        validation_fraction=data.validation_fraction,
+        languages=languages,
+        signatures=signatures,
+    )
 
 
 class Tokenise:
-    """Turns units into token blocks with the tokenizer in ``folder``."""
+    """Turns units into token blocks."""
 
-    def __init__(self, folder: Path, validation_fraction: float) -> None:
-        self._tokenizer = TextTokenizer(folder)
-        self._fraction = validation_fraction
+    def __init__(self, work: TokeniseWork) -> None:
+        with tempfile.TemporaryDirectory(prefix="outgrow-tokenizer-") as name:
+            for file, data in work.tokenizer.items():
+                Path(name, file).write_bytes(data)
+            tokenizer = CachingTokenizer(Path(name))
+        self._work = work
+        self._streams = [
+            _StreamWork(stream, Cleaner(stream.clean), Renderer(tokenizer, stream, template))
+            for stream, template in zip(work.streams, work.templates, strict=True)
+        ]
 
     def __call__(self, work: tuple[int, Unit]) -> TokenBlock:
         """The block of a unit, given with the number of its stream."""
-        stream, unit = work
-        tokens: list[Tokens] = []
-        validation: list[bool] = []
-        sources: list[str] = []
-        metas: list[dict[str, Any]] = []
-        skipped: Counter[SkipReason] = Counter()
-        for batch in _batches(unit.documents(), skipped):
-            tokens += self._encode(batch)
-            validation += [held_out(document, self._fraction) for document in batch]
-            sources += [document.source for document in batch]
-            metas += [document.meta for document in batch]
-        return TokenBlock(
-            stream=stream,
+        number, unit = work
+        stream = self._streams[number]
+        changed = np.zeros((len(stream.stream.clean), 2), np.int64)
+        dropped: list[Dropped] = []
+        stored: list[StoredDocument] = []
+        for batch in _batches(stream.cleaned(unit.documents(), changed, dropped)):
+            for document, made in zip(batch, stream.renderer.encode(batch), strict=True):
+                if isinstance(made, Dropped):
+                    dropped.append(made)
+                else:
+                    stored.append(self._stored(document, made))
+        return make_block(
+            stored,
+            stream=number,
             num_bytes=unit.num_bytes,
-            tokens=tokens[0] if len(tokens) == 1 else np.concatenate([np.empty(0, self._tokenizer.dtype), *tokens]),
-            lengths=np.array([len(part) for part in tokens], np.int64),
-            validation=tuple(validation),
-            sources=tuple(sources),
-            metas=tuple(metas),
-            skipped=dict(skipped),
+            dropped=dropped,
+            cleaned=[(documents, changes) for documents, changes in changed.tolist()],
         )
 
-    def _encode(self, documents: list[Document]) -> list[Tokens]:
-        encoded = iter(self._tokenizer.encode([document.text for document in documents if document.text is not None]))
-        return [self._checked(document) if document.token_ids is not None else next(encoded) for document in documents]
-
-    def _checked(self, document: Document) -> Tokens:
-        """The token ids that a document came with, and the end-of-text token unless it ends with that."""
-        token_ids, eos = document.token_ids, self._tokenizer.eos_token_id
-        assert token_ids is not None
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < self._tokenizer.vocab_size:
-            raise DataError(
-                f"token ids from {token_ids.min()} to {token_ids.max()} are not of this tokenizer "
-                f"({self._tokenizer.vocab_size:,} tokens)",
-                where=document.source,
-                hint="set data.tokenizer to the folder of the tokenizer that made them",
-            )
-        tokens: Tokens = token_ids.astype(self._tokenizer.dtype)
-        return tokens if len(tokens) and tokens[-1] == eos else np.append(tokens, self._tokenizer.dtype.type(eos))
-
-
-def held_out(document: Document, fraction: float) -> bool:
-    """Whether a document is validated on: by the digest of its content, so equal documents are on the same side."""
-    content = hashlib.sha256()
-    if document.text is not None:
-        for start in range(0, len(document.text), _BATCH_CHARS):  # in parts: no second copy of a long text
-            content.update(document.text[start : start + _BATCH_CHARS].encode())
-    else:
-        assert document.token_ids is not None
-        content.update(document.token_ids.astype("<i8").data)
-    return int.from_bytes(content.digest()[:8], "big") < fraction * 2**64
+    def _stored(self, document: Document, made: Rendered) -> StoredDocument:
+        digest = content_digest(document.content)
+        texts = texts_of(document.content)
+        joined = "\n".join(texts) if self._work.languages or self._work.signatures else ""
+        is_text = not isinstance(document.content, np.ndarray)
+        return StoredDocument(
+            tokens=made.tokens,
+            weights=made.weights,
+            spans=made.spans,
+            borders=made.borders,
+            source=document.source,
+            meta=json.dumps(document.meta, sort_keys=True, ensure_ascii=False),
+            validation=held_out(side_digest(document.content, digest), self._work.validation_fraction),
+            content=digest[:16],
+            chars=sum(map(len, texts)),
+            language=_language(joined) if self._work.languages else None,
+            signature=_signature(joined if is_text else document.content) if self._work.signatures else None,
+        )
 
 
-def _batches(documents: Iterable[Document | Skipped], skipped: Counter[SkipReason]) -> Iterator[list[Document]]:
-    """Documents in batches of about ``_BATCH_CHARS``; what was skipped is counted in ``skipped``."""
+@dataclass(frozen=True)
+class _StreamWork:
+    stream: Stream
+    cleaner: Cleaner
+    renderer: Renderer
+
+    def cleaned(
+        self, documents: Iterable[Document | Dropped], changed: np.ndarray[Any, np.dtype[np.int64]], dropped: list[Dropped]
+    ) -> Iterator[Document]:
+        """The documents that are left, cleaned; ``changed`` int64 [steps, 2] counts documents and changes, ``dropped`` takes
+        what the source left out and what is empty now."""
+        steps = len(self.stream.clean)
+        for document in documents:
+            if isinstance(document, Dropped):
+                dropped.append(document)
+                continue
+            if steps:
+                content, changes = clean_content(document.content, self.cleaner, steps)
+                changed[:, 0] += np.array(changes) > 0
+                changed[:, 1] += changes
+                document = with_content(document, content)
+            if is_empty(document.content):
+                detail = "nothing is left after cleaning" if steps else "it holds no text"
+                dropped.append(Dropped(source=document.source, reason="empty", detail=detail))
+                continue
+            yield document
+
+
+def _language(text: str) -> str:
+    from outgrow.streaming.languages import detect
+
+    return detect([text])[0] if text else ""
+
+
+def _signature(content: Any) -> Any:
+    from outgrow.streaming.duplicates import signature
+
+    return signature(content)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in batches of about ``_BATCH_CHARS``."""
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
-        if isinstance(document, Skipped):
-            skipped[document.reason] += 1
-            continue
         batch.append(document)
-        num_chars += len(document.text or "")
+        num_chars += sum(map(len, texts_of(document.content)))
         if num_chars >= _BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import Storage
+from outgrow.streaming.catalog import folders
 from outgrow.streaming.manifest import FILES, MARKER, check_manifest
-from outgrow.streaming.rows import INDEX_MANIFEST
-from outgrow.streaming.store import MANIFEST, StoreFacts
+from outgrow.streaming.rows import INDEX_MANIFEST, IndexFacts
+from outgrow.streaming.shards import every_file
+from outgrow.streaming.store import MANIFEST, StoreFacts, parse_facts
 
 _READ_BYTES = 1024 * 1024
 
@@ -25,11 +28,12 @@ class Verified:
 
 
 def verify(storage: Storage, card: DatasetCard) -> Verified:
-    """Read store and row index whole. Raises ``IntegrityError`` naming every file that is missing or differs."""
+    """Read store and row indexes whole. Raises ``IntegrityError`` naming every file that is missing or differs."""
     wrong: list[str] = []
     files = num_bytes = 0
-    for folder, manifest in ((card.store, MANIFEST), (card.index, INDEX_MANIFEST)):
-        for name, expected in _read_manifest(storage, folder, manifest)[FILES].items():
+    for folder in folders(card):
+        digests = _read_manifest(storage, folder, MANIFEST if folder == card.store else INDEX_MANIFEST)[FILES]
+        for name, expected in _vouched(storage, folder, digests):
             key = f"{folder}/{name}"
             if not storage.exists(key):
                 wrong.append(f"{key}: the file is missing")
@@ -47,10 +51,27 @@ def verify(storage: Storage, card: DatasetCard) -> Verified:
     return Verified(files=files, num_bytes=num_bytes)
 
 
+def _vouched(storage: Storage, folder: str, digests: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Every file of a folder with its digest; of a table of shards that is damaged itself, no shard."""
+    for name, expected in digests.items():
+        try:
+            yield from every_file({name: expected}, lambda name: storage.read(f"{folder}/{name}"))
+        except (FileNotFoundError, IntegrityError):
+            continue  # the table was yielded before it was read, and is found damaged
+
+
 def stored_facts(storage: Storage, card: DatasetCard) -> StoreFacts:
     """What the store's manifest says. Raises ``IntegrityError`` where it differs from its marker."""
     manifest = _read_manifest(storage, card.store, MANIFEST)
-    return StoreFacts.from_dict({name: manifest[name] for name in StoreFacts.__dataclass_fields__})
+    return parse_facts(manifest)
+
+
+def stored_index_facts(storage: Storage, card: DatasetCard) -> tuple[IndexFacts, ...]:
+    """What the manifest of each index says. Raises ``IntegrityError`` where one differs from its marker."""
+    manifests = (_read_manifest(storage, index.folder, INDEX_MANIFEST) for index in card.indexes)
+    return tuple(
+        IndexFacts.from_dict({name: manifest[name] for name in IndexFacts.__dataclass_fields__}) for manifest in manifests
+    )
 
 
 def _read_manifest(storage: Storage, folder: str, name: str) -> dict[str, Any]:

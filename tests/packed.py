@@ -66,6 +66,7 @@ def batch(rows: Sequence[Row], length: int) -> Batch:
         weights=weights,
         segments=segments,
         positions=positions,
+        pairs=torch.full((count, length), -1, dtype=torch.int32),
         row_ids=torch.arange(count) if rows else torch.full((1,), -1),
     )
 

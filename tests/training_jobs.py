@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from token_stores import Dataset, documents, make_dataset
 
-from outgrow.contracts import JobSpec, RunRef, StepRecord
+from outgrow.contracts import Context, JobSpec, JsonDict, Loader, RunRef, StepRecord, StepRows, WorkerResult
 from outgrow.monitoring.events import read_events
 from outgrow.storage import Storage
 
@@ -45,12 +47,12 @@ def two_streams(root: Path) -> Dataset:
 
 def job(dataset: Dataset, run: str, steps: int, *, workers: int = 1, loader_workers: int = 0, **recipe: Any) -> JobSpec:
     """``steps`` optimizer steps of 7 rows in the run folder ``runs/<run>``."""
-    base = dataset.job(rows=7, workers=loader_workers)
+    base = dataset.job(rows=7, workers=loader_workers, duration={"steps": steps})
     folder = f"runs/{run}"
     (dataset.root / folder).mkdir(parents=True, exist_ok=True)
     return dataclasses.replace(
         base,
-        recipe={**base.recipe, **RECIPE, "duration": {"steps": steps}, **recipe},
+        recipe={**base.recipe, **RECIPE, **recipe},
         run=RunRef(name=run, folder=folder, fingerprint=run),
         workers=workers,
     )
@@ -69,3 +71,62 @@ def curve(dataset: Dataset, run: str) -> dict[int, tuple[float | None, float | N
 def explodes(*, step: int, steps: int, at: int) -> float:
     """A custom schedule that goes wrong at step ``at`` (from 0)."""
     return 1.0 if step < at else 1e30
+
+
+# --- which rows a run really read -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class NotingLoader:
+    """A loader that writes down the rows of each step as they are handed to this rank."""
+
+    loader: Loader
+    notes: Path
+    rank: int
+
+    def __iter__(self) -> Iterator[StepRows]:
+        for rows in self.loader:
+            own = [row for batch in rows.micro_batches for row in batch.row_ids.tolist() if row >= 0]
+            length = rows.micro_batches[0].token_ids.shape[1]
+            with self.notes.open("a") as file:
+                file.write(json.dumps({"step": rows.step, "length": length, "rank": self.rank, "rows": own}) + "\n")
+            yield rows
+
+    def state(self, next_step: int) -> JsonDict:
+        return self.loader.state(next_step)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def train_and_note_rows(job: JobSpec, context: Context) -> WorkerResult:
+    """``train_worker``, with a file a start and rank in the run folder that says what was read."""
+    from outgrow.streaming import loader
+    from outgrow.trainers.loop import train_worker
+
+    notes = Path(job.site["storage"]) / job.run.folder / f"rows-{context.world}-{context.attempt}-{context.rank}.jsonl"
+    build = loader.build_loader
+    loader.build_loader = lambda *args, **steps: NotingLoader(build(*args, **steps), notes, context.rank)
+    try:
+        return train_worker(job, context)
+    finally:
+        loader.build_loader = build
+
+
+def noted_rows(dataset: Dataset, run: str, world: int) -> dict[int, tuple[int, list[int]]]:
+    """Length and ordered rows by step, as the starts of a run on ``world`` ranks read them; a step that some rank did not come
+    to before it was killed is left out."""
+    steps: dict[int, dict[int, JsonDict]] = {}
+    for path in (dataset.root / "runs" / run).glob(f"rows-{world}-*.jsonl"):
+        for note in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(note["step"], {})[note["rank"]] = note
+    return {
+        step: (notes[0]["length"], _dealt_back([notes[rank]["rows"] for rank in range(world)]))
+        for step, notes in sorted(steps.items())
+        if len(notes) == world
+    }
+
+
+def _dealt_back(ranks: list[list[int]]) -> list[int]:
+    """The rows of a step in order: row j was on rank j mod world."""
+    return [ranks[place % len(ranks)][place // len(ranks)] for place in range(sum(map(len, ranks)))]

@@ -19,8 +19,8 @@ from outgrow.trainers.checkpoint.catalog import Refused
 from outgrow.trainers.checkpoint.resume import resume
 from outgrow.trainers.engines import Engine, make_engine
 from outgrow.trainers.models.build import config_for, meta_model
+from outgrow.trainers.models.grown import GrownWeights
 from outgrow.trainers.models.initialise import SeededWeights
-from outgrow.trainers.models.weights import FolderWeights
 from outgrow.trainers.progress import Progress
 from outgrow.trainers.regions import TensorSource
 
@@ -75,7 +75,7 @@ def start_engine(job: JobSpec, recipe: Recipe, layout: Layout, storage: Storage,
 def first_weights(recipe: Recipe, site: Site, config: PretrainedConfig, model: PreTrainedModel) -> TensorSource:
     """What the parameters are before the first step: a folder's, checked against ``model``, or drawn from the seed."""
     if isinstance(recipe.model, FolderModel):
-        folder = FolderWeights(Path(site.locate(recipe.model.path)))
+        folder = GrownWeights(Path(site.locate(recipe.model.path)), model)
         folder.check(model)
         return folder
     return SeededWeights(config, recipe.run.seed)

@@ -17,6 +17,7 @@ import torch
 from outgrow.contracts import CheckpointRef, Context, JobSpec, Layout, Loader, StepRows, WorkerResult
 from outgrow.errors import IntegrityError, TrainingError
 from outgrow.recipes.layout import resolve, total_steps
+from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
@@ -68,7 +69,7 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
 
     recipe = Recipe.model_validate(job.recipe)
     storage = Site.model_validate(job.site).open_storage()
-    steps = total_steps(recipe, job.card.rows)
+    steps = total_steps(recipe, Mix.of(recipe, job.card))
     with closing(Records(context, storage, job.run.folder, steps)) as records:
         if finished := _finished(storage, job.run.folder, steps, context.rank):
             records.say("end", finished, loss=finished.validation_loss)

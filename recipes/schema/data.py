@@ -1,63 +1,16 @@
-"""``data``: streams of documents, the tokenizer, and how documents become rows."""
+"""``data``: streams of documents, the tokenizer, the mix of streams, and how documents become rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema.section import Custom, Section, SourceName
+from outgrow.recipes.schema.section import Section, SourceName
+from outgrow.recipes.schema.streams import Stream
 
-OnError = Literal["stop", "skip"]
-
-
-class TextSource(Section):
-    """Text files: each file is one document."""
-
-    kind: Literal["text"]
-    path: SourceName
-    """A name that the site maps to a folder, or a file or folder relative to the recipe."""
-    include: tuple[str, ...] = ("**/*.txt", "**/*.md", "**/*.py", "**/*.rst")
-    """Glob patterns below the folder, relative to it."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of files to leave out."""
-    encoding: str = "auto"
-    """A Python codec name, or ``auto``: UTF-8 or a byte order mark, else detected; what stays in doubt is refused by name."""
-    on_error: OnError = "stop"
-    """What a file that cannot be decoded does: ``stop`` the build, or ``skip`` the file and count it."""
-
-
-class JsonlSource(Section):
-    """JSON lines, plain or compressed (.gz, .zst): each line is one document."""
-
-    kind: Literal["jsonl"]
-    path: SourceName
-    """A name that the site maps to a folder, or a file or folder relative to the recipe."""
-    include: tuple[str, ...] = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.jsonl.zst")
-    """Glob patterns below the folder, relative to it."""
-    exclude: tuple[str, ...] = ()
-    """Glob patterns of files to leave out."""
-    text_field: str = "text"
-    """The key whose value is the text; the other keys stay as metadata."""
-    on_error: OnError = "stop"
-    """What a line that is no JSON object, or lacks the text, does: ``stop`` the build, or ``skip`` the line and count it."""
-
-
-class MdsSource(Section):
-    """MDS shards that MosaicML's MDSWriter wrote with token ids (llm-foundry): each sample is one document."""
-
-    kind: Literal["mds"]
-    path: SourceName
-    """A name that the site maps to a folder, or a folder relative to the recipe; holds ``index.json``."""
-    column: str = "tokens"
-    """The column of token ids: an ``ndarray`` of integers, or ``bytes`` of int64 as older llm-foundry wrote them."""
-
-
-class CustomSource(Custom):
-    """A function of yours: called with ``options``, it yields documents (``outgrow.streaming.sources.Document``)."""
-
-
-Source = Annotated[TextSource | JsonlSource | MdsSource | CustomSource, Field(discriminator="kind")]
+_SHARES_SUM_TO_ONE_WITHIN = 1e-6
 
 
 class TrainTokenizer(Section):
@@ -65,7 +18,7 @@ class TrainTokenizer(Section):
 
     kind: Literal["train"]
     vocab_size: int = Field(ge=260, le=1_000_000)
-    """Tokens in the vocabulary: 256 bytes, the end-of-text token, and merges."""
+    """Tokens in the vocabulary: 256 bytes, the end-of-text token, and merges; tags and tokens of chat templates come on top."""
     sample_bytes: int = Field(default=100_000_000, ge=1_000)
     """At most this many bytes of text are sampled to train it, spread over all streams by size."""
 
@@ -81,13 +34,35 @@ class FolderTokenizer(Section):
 Tokenizer = Annotated[TrainTokenizer | FolderTokenizer, Field(discriminator="kind")]
 
 
-class Stream(Section):
-    """One kind of text, counted and validated on its own."""
+class Duplicates(Section):
+    """Which documents are left out for being like another; each is counted, and listed with the one that it is like.
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")
-    """Lower-case letters, digits, ``-`` and ``_``."""
-    source: Source
-    """Where its documents come from."""
+    The first in the order of streams and sources is kept. A training document that is like a held-out one is left out too.
+    """
+
+    remove: Literal["none", "exact", "near"] = "none"
+    """``exact``: the same text after cleaning; ``near``: also those whose words are alike (MinHash of word 5-grams)."""
+    similarity: float = Field(default=0.8, gt=0, lt=1)
+    """Jaccard similarity from which two texts are near-duplicates."""
+    across: Literal["streams", "stream"] = "streams"
+    """Whether documents of all ``streams`` are compared, or those of each ``stream`` by itself; held-out ones are compared
+    with all either way."""
+
+
+class Stage(Section):
+    """A part of the run with a mix of its own."""
+
+    tokens: int | None = Field(default=None, ge=1)
+    """How long it lasts: positions of rows, rounded up to whole steps; the last stage has none and lasts to the end."""
+    shares: dict[str, Annotated[float, Field(ge=0, le=1)]]
+    """Share of the stage's tokens from each stream, by name; together 1. A stream that is not named gives none."""
+    sequence_length: int | None = Field(default=None, ge=8, le=1_048_576)
+    """Tokens a row in this stage; else ``data.sequence_length``."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        total = sum(self.shares.values())
+        if abs(total - 1) > _SHARES_SUM_TO_ONE_WITHIN:
+            yield "shares", f"they add up to {total:.6g}; allowed: 1"
 
 
 class Data(Section):
@@ -98,7 +73,11 @@ class Data(Section):
     tokenizer: Tokenizer
     """A tokenizer of your own, or one trained on the streams."""
     streams: tuple[Stream, ...] = Field(min_length=1)
-    """At least one; documents of all streams are mixed evenly over an epoch."""
+    """At least one; every batch holds them in the proportion of the whole epoch or stage."""
+    stages: tuple[Stage, ...] = ()
+    """Parts of the run with shares, or a length of rows, of their own; none: one mix for the whole run."""
+    duplicates: Duplicates = Duplicates()
+    """Which documents are left out for being like another."""
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=0.5)
     """Share of the documents, chosen by the digest of their content, that is held out and never trained on; 0 for none."""
     compression: Literal["none", "zstd"] = "none"
@@ -109,3 +88,47 @@ class Data(Section):
     """Documents are shuffled and packed within windows of this many neighbouring shards, so that slow tiers can stream."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Processes a rank that read and pack ahead; 0 reads in the training process."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        names = [stream.name for stream in self.streams]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield f"streams[{index}].name", f"'{name}' is given twice; each stream needs a name of its own"
+        if self.stages:
+            yield from self._stage_rules(names)
+        else:
+            yield from self._share_rules()
+
+    @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Every length of rows that the run uses, each once, in the order of use; the first is that of validation."""
+        return tuple(
+            dict.fromkeys([self.sequence_length, *(stage.sequence_length or self.sequence_length for stage in self.stages)])
+        )
+
+    def _stage_rules(self, names: list[str]) -> Iterator[tuple[str, str]]:
+        for index, stream in enumerate(self.streams):
+            if stream.epochs is not None or stream.share is not None:
+                key = "epochs" if stream.epochs is not None else "share"
+                yield f"streams[{index}].{key}", "data.stages say how much comes from each stream; remove one of the two"
+        for index, stage in enumerate(self.stages):
+            last = index == len(self.stages) - 1
+            if stage.tokens is None and not last:
+                yield f"stages[{index}].tokens", "every stage but the last needs it"
+            if stage.tokens is not None and last:
+                yield f"stages[{index}].tokens", "the last stage lasts to the end of the run; remove it"
+            for name in stage.shares:
+                if name not in names:
+                    yield f"stages[{index}].shares.{name}", f"there is no stream '{name}'; streams: {', '.join(names)}"
+
+    def _share_rules(self) -> Iterator[tuple[str, str]]:
+        shares = [(index, stream.share) for index, stream in enumerate(self.streams) if stream.share is not None]
+        total = sum(share for _, share in shares)
+        if len(shares) == len(self.streams):
+            if abs(total - 1) > _SHARES_SUM_TO_ONE_WITHIN:
+                yield "streams[0].share", f"all streams have a share, and they add up to {total:.6g}; allowed: 1"
+        elif total >= 1:
+            yield (
+                f"streams[{shares[-1][0]}].share",
+                f"shares add up to {total:.6g} and leave nothing for the other streams; lower it",
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from outgrow.recipes.schema import training
 from outgrow.recipes.schema.data import Data
@@ -50,18 +50,11 @@ class Recipe(Section):
     parallel: training.Parallel = training.AutoParallel()
     """How ranks share the model; ``auto`` unless you insist."""
 
-    @field_validator("parallel", mode="before", json_schema_input_type=Literal["auto"] | training.Parallel)
-    @classmethod
-    def _auto_is_short_for_kind_auto(cls, value: Any) -> Any:
-        return {"kind": "auto"} if value == "auto" else value
-
     def rules(self) -> Iterator[tuple[str, str]]:
-        names = [stream.name for stream in self.data.streams]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                yield f"data.streams[{index}].name", f"'{name}' is given twice; each stream needs a name of its own"
         if isinstance(self.batch.micro_rows, int) and self.batch.micro_rows > self.batch.rows:
             yield "batch.micro_rows", f"{self.batch.micro_rows} is more than batch.rows ({self.batch.rows}); lower it"
+        if self.data.stages and self.duration.epochs is not None:
+            yield "duration.epochs", "a run in stages has no epochs; give duration.tokens or duration.steps"
         if isinstance(self.model, ArchitectureModel) and "vocab_size" in self.model.config:
             yield "model.config.vocab_size", "remove it; the vocabulary size comes from data.tokenizer"
 

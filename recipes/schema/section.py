@@ -20,6 +20,8 @@ class Mark(Enum):
     """A folder, file or URL: ``~`` and relative paths are worked out, ``${env:NAME}`` is allowed."""
     SECRET = "secret"
     """May be a secret: ``${env:NAME}`` is allowed, and kept out of sight."""
+    NAME = "name"
+    """A name that the site maps to a folder or file, or a path relative to the recipe."""
 
 
 class Section(BaseModel):
@@ -46,7 +48,7 @@ def _no_path_of_one_machine(value: str) -> str:
     return value
 
 
-SourceName = Annotated[str, Field(min_length=1), AfterValidator(_no_path_of_one_machine)]
+SourceName = Annotated[str, Field(min_length=1), AfterValidator(_no_path_of_one_machine), Mark.NAME]
 """A name that the site maps to a folder, or a path relative to the recipe."""
 
 

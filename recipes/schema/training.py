@@ -105,7 +105,7 @@ class Duration(Section):
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
     tokens: int | None = Field(default=None, ge=1)
-    """Tokens: rounded up to whole steps of ``batch.rows`` x ``data.sequence_length``."""
+    """Tokens: rounded up to whole steps of ``batch.rows`` x the length of a row (in stages, of the stage's rows)."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the dataset: rounded up to whole steps."""
 

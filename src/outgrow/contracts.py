@@ -62,7 +62,12 @@ def _revive(hint: Any, value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCard(Record):
-    """Counts of one stream in a dataset. ``rows`` is of the training split, ``validation_rows`` of the other."""
+    """Counts of one stream in one row index: of what is used, that is without ``dropped``.
+
+    ``rows`` is of the training split, ``validation_rows`` of the other. ``dropped`` counts the documents that were left out of
+    either, by reason: by the source, by the filter, as duplicates, as too long for a row. ``pairs`` where its documents are
+    preference pairs.
+    """
 
     name: str
     documents: int
@@ -71,32 +76,89 @@ class StreamCard(Record):
     validation_documents: int
     validation_tokens: int
     validation_rows: int
-    skipped: int
+    dropped: dict[str, int]
     source_bytes: int
+    pairs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexCard(Record):
+    """One row index: the rows of ``sequence_length`` tokens at most that a store was cut into; streams by name."""
+
+    folder: str
+    fingerprint: str
+    sequence_length: int
+    streams: tuple[StreamCard, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the training split."""
+        return sum(stream.rows for stream in self.streams)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the training split."""
+        return sum(stream.tokens for stream in self.streams)
+
+    @property
+    def validation_rows(self) -> int:
+        return sum(stream.validation_rows for stream in self.streams)
+
+    @property
+    def fill(self) -> float:
+        """Share of the training rows' positions that hold a token; 0 where there is no row."""
+        return self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCard(Record):
-    """What ``streaming.build`` made: one token store and one row index, both committed under ``Site.storage``.
+    """What ``streaming.build`` made: one token store and its row indexes, all committed under ``Site.storage``.
 
-    ``store`` and ``index`` are paths relative to the site's storage, so a card means the same on every node.
-    ``fill`` is tokens / (rows * sequence_length) of the training split. ``bytes`` is the size of store and index.
+    ``store`` and the folders of ``indexes`` are paths relative to the site's storage, so a card means the same on every node.
+    There is one index for each length of rows that the recipe uses; the first is that of ``data.sequence_length``, which
+    validation reads too, and the properties speak of it. ``bytes`` is the size of store and indexes.
     """
 
     store: str
-    index: str
     store_fingerprint: str
-    index_fingerprint: str
     tokenizer_fingerprint: str
     vocab_size: int
     eos_token_id: int
-    sequence_length: int
-    tokens: int
-    rows: int
-    fill: float
-    validation_rows: int
     bytes: int
-    streams: tuple[StreamCard, ...]
+    indexes: tuple[IndexCard, ...]
+
+    def index_of(self, sequence_length: int) -> IndexCard:
+        """The index of that length of rows."""
+        return next(index for index in self.indexes if index.sequence_length == sequence_length)
+
+    @property
+    def sequence_length(self) -> int:
+        return self.indexes[0].sequence_length
+
+    @property
+    def streams(self) -> tuple[StreamCard, ...]:
+        return self.indexes[0].streams
+
+    @property
+    def rows(self) -> int:
+        return self.indexes[0].rows
+
+    @property
+    def tokens(self) -> int:
+        return self.indexes[0].tokens
+
+    @property
+    def fill(self) -> float:
+        return self.indexes[0].fill
+
+    @property
+    def validation_rows(self) -> int:
+        return self.indexes[0].validation_rows
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Of all rows that can be learned from: the fingerprints of the indexes, which know their store, filters and cuts."""
+        return "+".join(index.fingerprint for index in self.indexes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +170,8 @@ class Batch:
     weights     float32 [n, L]  loss weight of each target; 0 where the target is ``IGNORE_INDEX``
     segments    int32 [n, L]    number of the document within its row, from 0; -1 for padding
     positions   int64 [n, L]    position within the document's segment, from 0
+    pairs       int32 [n, L]    2 p for the chosen and 2 p + 1 for the rejected answer (each with its prompt, a segment of its
+                                own) of preference pair p of the row, counted from 0; -1 where there is none
     row_ids     int64 [n]       row of the index, -1 for a zero-weight row that only keeps collectives matched
     """
 
@@ -116,6 +180,7 @@ class Batch:
     weights: torch.Tensor
     segments: torch.Tensor
     positions: torch.Tensor
+    pairs: torch.Tensor
     row_ids: torch.Tensor
 
 

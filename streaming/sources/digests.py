@@ -19,10 +19,12 @@ _AT_REST_NS = 2_000_000_000
 _SAVE_EVERY_S = 1.0
 """Digests are saved this often, at the least after each file that took longer; each time syncs the disk."""
 
-_TABLE = """create table if not exists inputs (
-    path text primary key, size integer, mtime_ns integer, ctime_ns integer, digest text, text_bytes integer) strict"""
+_TABLE = """create table if not exists measured (
+    path text, read_as text, size integer, mtime_ns integer, ctime_ns integer, digest text, text_bytes integer,
+    primary key (path, read_as)) strict"""
 
-_SELECT = "select digest, text_bytes from inputs where path = ? and size = ? and mtime_ns = ? and ctime_ns = ?"
+_SELECT = """select digest, text_bytes from measured
+    where path = ? and read_as = ? and size = ? and mtime_ns = ? and ctime_ns = ?"""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,15 @@ class DigestCache:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "inputs.sqlite"
 
-    def measure(self, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int]) -> list[Measured]:
+    def measure(self, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int], read_as: str) -> list[Measured]:
         """Digest and text size of each file, read only where no entry with its stamp is there.
 
-        Raises ``DataError`` where the database is damaged or stays locked.
+        ``read_as`` names what ``text_bytes`` takes the file for: the size of its text depends on that. Raises ``DataError``
+        where the database is damaged or stays locked.
         """
         try:
             with closing(sqlite3.connect(self._path, timeout=60)) as database:
-                return self._measure(database, files, text_bytes)
+                return self._measure(database, files, text_bytes, read_as)
         except sqlite3.Error as error:
             raise DataError(
                 f"the digests of inputs cannot be kept: {error}",
@@ -70,7 +73,7 @@ class DigestCache:
             ) from error
 
     def _measure(
-        self, database: sqlite3.Connection, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int]
+        self, database: sqlite3.Connection, files: Sequence[tuple[Path, Stamp]], text_bytes: Callable[[Path], int], read_as: str
     ) -> list[Measured]:
         """The work of ``measure``; no file is read within a transaction, so that other processes get their turn."""
         with database:
@@ -80,14 +83,15 @@ class DigestCache:
         saved = time.monotonic()
         for path, stamp in files:
             key = str(path.resolve()).encode(errors="surrogateescape").hex()
-            row = database.execute(_SELECT, (key, stamp.size, stamp.mtime_ns, stamp.ctime_ns)).fetchone()
+            row = database.execute(_SELECT, (key, read_as, stamp.size, stamp.mtime_ns, stamp.ctime_ns)).fetchone()
             if row is not None:
                 measured.append(Measured(*row))
                 continue
             at_rest = max(stamp.mtime_ns, stamp.ctime_ns) < time.time_ns() - _AT_REST_NS
             measured.append(Measured(file_digest(path), text_bytes(path)))
             if at_rest:
-                fresh.append((key, stamp.size, stamp.mtime_ns, stamp.ctime_ns, measured[-1].digest, measured[-1].text_bytes))
+                now = measured[-1]
+                fresh.append((key, read_as, stamp.size, stamp.mtime_ns, stamp.ctime_ns, now.digest, now.text_bytes))
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 _save(database, fresh)
                 fresh, saved = [], time.monotonic()
@@ -98,4 +102,4 @@ class DigestCache:
 def _save(database: sqlite3.Connection, entries: Sequence[tuple[str | int, ...]]) -> None:
     if entries:  # no lock is taken for nothing
         with database:
-            database.executemany("insert or replace into inputs values (?, ?, ?, ?, ?, ?)", entries)
+            database.executemany("insert or replace into measured values (?, ?, ?, ?, ?, ?, ?)", entries)

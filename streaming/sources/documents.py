@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from outgrow.streaming.sources.document import UNIT_BYTES, Document, Skipped
+from outgrow.streaming.sources.document import UNIT_BYTES, Dialogue, Document, Dropped, Message, PreferencePair
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentsUnit:
     """Some documents."""
 
-    items: tuple[Document | Skipped, ...]
+    items: tuple[Document | Dropped, ...]
     num_bytes: int
 
-    def documents(self) -> Iterator[Document | Skipped]:
+    def documents(self) -> Iterator[Document | Dropped]:
         return iter(self.items)
 
 
-def units_of(documents: Iterable[Document | Skipped]) -> Iterator[DocumentsUnit]:
+def units_of(documents: Iterable[Document | Dropped]) -> Iterator[DocumentsUnit]:
     """The documents in order, in units of at least ``UNIT_BYTES`` of text or token ids."""
-    items: list[Document | Skipped] = []
+    items: list[Document | Dropped] = []
     num_bytes = 0
     for document in documents:
         items.append(document)
@@ -33,10 +33,20 @@ def units_of(documents: Iterable[Document | Skipped]) -> Iterator[DocumentsUnit]
         yield DocumentsUnit(items=tuple(items), num_bytes=num_bytes)
 
 
-def size_of(document: Document | Skipped) -> int:
-    """Characters of the text, or bytes of the token ids."""
-    if isinstance(document, Skipped):
+def size_of(document: Document | Dropped) -> int:
+    """Characters of a text or of all texts of messages, or bytes of token ids."""
+    if isinstance(document, Dropped):
         return 0
-    return (
-        len(document.text) if document.text is not None else document.token_ids.nbytes if document.token_ids is not None else 0
-    )
+    match document.content:
+        case str() as text:
+            return len(text)
+        case Dialogue() as dialogue:
+            return _chars(dialogue.messages)
+        case PreferencePair() as pair:
+            return _chars(pair.prompt.messages) + _chars(pair.chosen) + _chars(pair.rejected)
+        case token_ids:
+            return token_ids.nbytes
+
+
+def _chars(messages: tuple[Message, ...]) -> int:
+    return sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)

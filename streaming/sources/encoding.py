@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outgrow.errors import DataError
+from outgrow.streaming.sources.document import BadRecordError
+
+if TYPE_CHECKING:
+    from charset_normalizer import CharsetMatch
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -18,14 +27,25 @@ _MIN_LEAD = 0.1
 """Least lead in coherence over an encoding that would give another text."""
 
 
-class UndecodableError(ValueError):
-    """Says in plain words why bytes are not taken as text."""
+def check_encoding(stream: str, encoding: str) -> None:
+    """Raises ``DataError`` where ``encoding`` is neither ``auto`` nor a codec that makes text of bytes."""
+    try:
+        io.TextIOWrapper(io.BytesIO(), encoding="utf-8" if encoding == "auto" else encoding)
+    except LookupError:
+        raise DataError(
+            f"stream '{stream}': there is no text encoding '{encoding}'", hint="give a Python codec name, or auto"
+        ) from None
+
+
+def read_text(path: Path, encoding: str) -> tuple[str, str]:
+    """The text of a file and the codec it was decoded with, as ``decode``."""
+    return decode(path.read_bytes(), encoding)
 
 
 def decode(data: bytes, encoding: str) -> tuple[str, str]:
     """The text of ``data`` and the codec it was decoded with; ``encoding`` is a codec name or ``auto``.
 
-    Raises ``UndecodableError`` where the codec does not fit, and under ``auto`` where more than one might.
+    Raises ``BadRecordError`` where the codec does not fit, and under ``auto`` where more than one might.
     """
     if encoding != "auto":
         return _decode(data, encoding)
@@ -33,7 +53,7 @@ def decode(data: bytes, encoding: str) -> tuple[str, str]:
         if data.startswith(mark):
             return _decode(data, marked)
     if b"\0" in data:
-        raise UndecodableError("it holds zero bytes: not text, or UTF-16 without a byte order mark")
+        raise _undecodable("it holds zero bytes: not text, or UTF-16 without a byte order mark")
     try:
         return data.decode(), "utf-8"
     except UnicodeDecodeError:
@@ -44,7 +64,7 @@ def _decode(data: bytes, encoding: str) -> tuple[str, str]:
     try:
         return data.decode(encoding), encoding
     except UnicodeDecodeError as error:
-        raise UndecodableError(f"byte {error.start} is not {encoding}: {error.reason}") from None
+        raise _undecodable(f"byte {error.start} is not {encoding}: {error.reason}") from None
 
 
 def _guess(sample: bytes) -> str:
@@ -52,10 +72,25 @@ def _guess(sample: bytes) -> str:
 
     matches = list(charset_normalizer.from_bytes(sample))
     if not matches:
-        raise UndecodableError("no encoding fits")
+        raise _undecodable("no encoding fits")
     best = matches[0]
-    rivals = [m for m in matches[1:] if m.coherence > best.coherence - _MIN_LEAD and str(m) != str(best)]
+    rivals = [
+        m
+        for m in matches[1:]
+        if m.coherence > best.coherence - _MIN_LEAD and not _is_far_fetched(m, best) and str(m) != str(best)
+    ]
     if best.coherence < _MIN_COHERENCE or rivals:
         names = ", ".join(dict.fromkeys(match.encoding for match in [best, *rivals][:4]))
-        raise UndecodableError(f"its encoding is in doubt (perhaps {names})")
+        raise _undecodable(f"its encoding is in doubt (perhaps {names})")
     return best.encoding
+
+
+def _is_far_fetched(rival: CharsetMatch, best: CharsetMatch) -> bool:
+    """Whether a rival is one of the old Macintosh encodings, which no longer write files, and its text the messier one. They
+    share most letters with those of Windows, so their letters alone speak for them nearly as well."""
+    return rival.encoding.startswith("mac_") and not best.encoding.startswith("mac_") and rival.chaos > best.chaos
+
+
+def _undecodable(message: str) -> BadRecordError:
+    """Says in plain words why bytes are not taken as text."""
+    return BadRecordError(f"it cannot be read as text: {message}", reason="undecodable")

@@ -1,20 +1,16 @@
-"""Which files a source reads: glob patterns below a folder, in one fixed order, each with the digest of its bytes."""
+"""Which files a source reads: those below a folder that glob patterns choose, in one fixed order."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from outgrow.errors import DataError
-from outgrow.recipes.schema.data import OnError
-from outgrow.streaming.sources.digests import DigestCache, Stamp
-from outgrow.streaming.sources.document import Input, Skipped
-from outgrow.streaming.sources.documents import DocumentsUnit, units_of
+from outgrow.streaming.sources.digests import Stamp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,51 +24,17 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The files that match, sorted by name, and the names of links that match and lead nowhere."""
+    """The files that match, sorted by name, and name and path of links that match and lead nowhere."""
 
     files: tuple[InputFile, ...]
-    dangling: tuple[str, ...] = ()
+    dangling: tuple[tuple[str, Path], ...] = ()
 
 
-class InputFiles:
-    """The files of one source below ``root`` (a folder, or a single file) that match ``include`` and not ``exclude``."""
+def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence[str]) -> Found:
+    """The regular files below ``root`` (a folder, or a single file) that match ``include`` and not ``exclude``.
 
-    def __init__(self, stream: str, found: Found, digests: DigestCache, text_bytes: Callable[[Path], int]) -> None:
-        self.stream = stream
-        self.files = found.files
-        self._dangling = found.dangling
-        self._digests = digests
-        self._text_bytes = text_bytes
-
-    @cached_property
-    def inputs(self) -> tuple[Input, ...]:
-        """Each file with its digest; files that are unchanged since an earlier call are not read again."""
-        measured = self._digests.measure([(file.path, file.stamp) for file in self.files], self._text_bytes)
-        return tuple(
-            Input(name=file.name, digest=m.digest, num_bytes=file.stamp.size, text_bytes=m.text_bytes)
-            for file, m in zip(self.files, measured, strict=True)
-        )
-
-    def skipped_units(self) -> Iterator[DocumentsUnit]:
-        """Units without a document that count the links that lead nowhere."""
-        return units_of(Skipped(source=name, reason="missing") for name in self._dangling)
-
-    def check_unchanged(self) -> None:
-        """Raises ``DataError`` naming the first file that was changed or removed since it was listed."""
-        for file in self.files:
-            if not file.path.exists() or Stamp.of(file.path) != file.stamp:
-                raise DataError(
-                    "the file changed while the dataset was being built",
-                    where=str(file.path),
-                    hint="build again when it is at rest",
-                )
-
-
-def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence[str], *, on_error: OnError = "stop") -> Found:
-    """The matching regular files below ``root``; linked folders are followed.
-
-    A ``root`` that is itself a file is taken as it is. Raises ``DataError`` where nothing is there or nothing matches, and
-    unless ``on_error`` is ``skip`` for a link that matches and leads nowhere.
+    Linked folders are followed; a ``root`` that is itself a file is taken as it is. Raises ``DataError`` where nothing is there
+    or nothing matches.
     """
     if "://" in root:
         raise DataError(
@@ -93,17 +55,11 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
         if any(p.fullmatch(name) for p in wanted) and not any(p.fullmatch(name) for p in unwanted)
     ]
     dangling = sorted({name for name in names if not os.path.exists(path / name)}, key=os.fsencode)
-    if dangling and on_error == "stop":
-        raise DataError(
-            f"stream '{stream}': the link leads to no file that can be read",
-            where=str(path / dangling[0]),
-            hint="mend or exclude it",
-        )
     files = [
         InputFile(name=_printable(name), path=path / name, stamp=Stamp.of(path / name))
         for name in set(names).difference(dangling)
     ]
-    if not files:
+    if not files and not dangling:
         raise DataError(
             f"stream '{stream}': no file in {path} matches {', '.join(include)}"
             + (f" less {', '.join(exclude)}" if exclude else ""),
@@ -111,7 +67,7 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
         )
     return Found(
         files=tuple(sorted(files, key=lambda file: os.fsencode(file.name))),
-        dangling=tuple(_printable(name) for name in dangling),
+        dangling=tuple((_printable(name), path / name) for name in dangling),
     )
 
 

@@ -12,12 +12,13 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from outgrow.errors import DataError
-from outgrow.streaming.sources.document import MAX_DOCUMENT_BYTES, UNIT_BYTES
+from outgrow.streaming.sources.document import MAX_DOCUMENT_BYTES, UNIT_BYTES, BadRecordError
 
 _READ_BYTES = 1024 * 1024
 _ZSTD_STEP_BYTES = 1024
 """Compressed bytes that are handed to zstd at once: they make at most 32 MiB (a block of 128 KiB takes 4 bytes)."""
+_SHOWN_BYTES = 64 * 1024
+"""What is kept of a line that is too long."""
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
@@ -26,7 +27,8 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 class LineBlock:
     """Whole lines: bytes ``start`` to ``start + num_bytes`` of a file's text, the first of them line ``first_line`` (from 1).
 
-    ``data`` holds them where the file is compressed; a plain file's are read where they are needed.
+    ``data`` holds them where the file is compressed; a plain file's are read where they are needed. A line that is longer than
+    a document may be is a block of its own, ``too_long``; of it only the beginning is kept.
     """
 
     path: Path
@@ -34,14 +36,18 @@ class LineBlock:
     start: int
     num_bytes: int
     data: bytes | None
+    too_long: bool = False
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Line numbers and lines; one line at a time is in memory beside what ``data`` holds."""
-        stop = self.start + self.num_bytes if self.data is None else self.num_bytes
+        """Line numbers and lines, of one too long the beginning; one line at a time is in memory beside what ``data`` holds."""
         with open(self.path, "rb") if self.data is None else io.BytesIO(self.data) as file:
-            file.seek(self.start if self.data is None else 0)
+            start = self.start if self.data is None else 0
+            file.seek(start)
+            if self.too_long:
+                yield self.first_line, file.read(_SHOWN_BYTES)
+                return
             number = self.first_line
-            while file.tell() < stop:
+            while file.tell() < start + self.num_bytes:
                 yield number, file.readline()
                 number += 1
 
@@ -49,67 +55,108 @@ class LineBlock:
 def line_blocks(path: Path) -> Iterator[LineBlock]:
     """The file in blocks of at least ``UNIT_BYTES`` that end at a line's end.
 
-    Raises ``DataError`` naming file and line where one is longer than a document may be, or the compressed stream is damaged.
+    Raises ``BadRecordError`` after the last whole line that can be read where the compressed stream is damaged.
     """
     keep = path.suffix in COMPRESSED_SUFFIXES
-    first_line, start = 1, 0
-    with _open(path) as file:
-        while block := _block(path, file, first_line, start, keep):
-            yield block[0]
-            first_line, start = first_line + block[1], start + block[0].num_bytes
+    line, start = 1, 0
+    with _Text(path) as text:
+        while head := text.read(UNIT_BYTES):
+            end = head.rfind(b"\n") + 1
+            last = _Line(head[end:], keep)
+            if len(head) == UNIT_BYTES and not head.endswith(b"\n"):
+                last.finish(text)
+            lost = bool(text.damage) and last.open
+            whole = last.num_bytes <= MAX_DOCUMENT_BYTES and not lost
+            body = head[:end] + last.kept if whole and keep else head[:end]
+            num_bytes = end + last.num_bytes if whole else end
+            if num_bytes:
+                yield LineBlock(path=path, first_line=line, start=start, num_bytes=num_bytes, data=body if keep else None)
+            line, start = line + head.count(b"\n", 0, end), start + num_bytes
+            if last.num_bytes > MAX_DOCUMENT_BYTES and not lost:
+                beginning = last.kept[:_SHOWN_BYTES] if keep else None
+                yield LineBlock(
+                    path=path, first_line=line, start=start, num_bytes=last.num_bytes, data=beginning, too_long=True
+                )
+                start += last.num_bytes
+            line += bool(last.num_bytes) and not lost
+        if text.damage:
+            raise BadRecordError(text.damage, line=line)
 
 
 def text_bytes(path: Path) -> int:
-    """Size of the file's text after decompression. Raises ``DataError`` where the compressed stream is damaged."""
+    """Size of the file's text after decompression. Raises ``BadRecordError`` where the compressed stream is damaged."""
     if path.suffix not in COMPRESSED_SUFFIXES:
         return path.stat().st_size
-    with _open(path) as file:
-        return sum(len(chunk) for chunk in _chunks(path, file))
+    with _Text(path) as text:
+        num_bytes = sum(len(chunk) for chunk in iter(lambda: text.read(_READ_BYTES), b""))
+        if text.damage:
+            raise BadRecordError(f"{text.damage}; none of it is used")
+    return num_bytes
 
 
-def _block(path: Path, file: BinaryIO, first_line: int, start: int, keep: bool) -> tuple[LineBlock, int] | None:
-    """The next block and its number of lines; None at the end of the file."""
-    parts: list[bytes] = []
-    num_bytes = lines = 0
-    line_bytes = 0
-    while num_bytes < UNIT_BYTES or line_bytes:
-        chunk = _read(path, file, whole_line=num_bytes >= UNIT_BYTES)
-        if not chunk:
-            break
-        num_bytes += len(chunk)
-        lines += chunk.count(b"\n")
-        end = chunk.rfind(b"\n")
-        line_bytes = line_bytes + len(chunk) if end < 0 else len(chunk) - end - 1
-        if line_bytes > MAX_DOCUMENT_BYTES:
-            raise DataError(
-                f"the line is longer than {MAX_DOCUMENT_BYTES:,} bytes",
-                where=f"{path}:{first_line + lines}",
-                hint="divide the document",
-            )
-        if keep:
-            parts.append(chunk)
-    if not num_bytes:
-        return None
-    data = b"".join(parts) if keep else None
-    return LineBlock(path=path, first_line=first_line, start=start, num_bytes=num_bytes, data=data), lines
+class _Line:
+    """The last line of a block, perhaps empty; ``kept`` is what is in memory of it."""
+
+    def __init__(self, beginning: bytes, keep: bool) -> None:
+        self._parts = [beginning]
+        self._keep = keep
+        self.num_bytes = len(beginning)
+        self.open = bool(beginning)
+
+    @property
+    def kept(self) -> bytes:
+        return b"".join(self._parts)
+
+    def finish(self, text: _Text) -> None:
+        """Read on to the end of the line; of one too long no more is kept than a document may have."""
+        while self.open and (chunk := text.read_line(_READ_BYTES)):
+            self.num_bytes += len(chunk)
+            self.open = not chunk.endswith(b"\n")
+            if self._keep and self.num_bytes <= MAX_DOCUMENT_BYTES:
+                self._parts.append(chunk)
+            elif self._keep:
+                self._parts = [self.kept[:_SHOWN_BYTES]]
 
 
-def _chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    while chunk := _read(path, file, whole_line=False):
-        yield chunk
+class _Text:
+    """The decompressed bytes of a file. Where the compressed stream is damaged it ends, and ``damage`` says why."""
 
+    def __init__(self, path: Path) -> None:
+        self._file = cast(io.BufferedReader, _open(path))  # whatever it is, it has read1
+        self.damage = ""
 
-def _read(path: Path, file: BinaryIO, *, whole_line: bool) -> bytes:
-    try:
-        return file.readline(_READ_BYTES) if whole_line else file.read(_READ_BYTES)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        if "too much memory" in str(error):  # what zstd says of a window above its limit of 128 MiB
-            raise DataError(
-                "the zstd file needs a window of more than 128 MiB to be decompressed",
-                where=str(path),
-                hint="compress it again without --long, or with --long=27 at most",
-            ) from None
-        raise DataError(f"the compressed file is damaged: {error}", where=str(path)) from None
+    def __enter__(self) -> _Text:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """``size`` bytes, fewer only at the end."""
+        parts: list[bytes] = []
+        while size and (part := self._next(size, whole_line=False)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def read_line(self, size: int) -> bytes:
+        """The rest of the line, at most ``size`` bytes of it; nothing at the end, or where damage comes before the line's."""
+        return self._next(size, whole_line=True)
+
+    def _next(self, size: int, *, whole_line: bool) -> bytes:
+        if self.damage:
+            return b""
+        try:
+            return self._file.readline(size) if whole_line else self._file.read1(size)
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            if "too much memory" in str(error):  # what zstd says of a window above its limit of 128 MiB
+                self.damage = (
+                    "the zstd file needs a window of more than 128 MiB to be decompressed; "
+                    "compress it again without --long, or with --long=27 at most"
+                )
+            else:
+                self.damage = f"the compressed file is damaged: {error}"
+            return b""
 
 
 def _open(path: Path) -> BinaryIO:

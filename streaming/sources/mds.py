@@ -10,38 +10,25 @@ import numpy as np
 import numpy.typing as npt
 
 from outgrow.errors import DataError
-from outgrow.recipes.schema.data import MdsSource
+from outgrow.recipes.schema.sources import MdsSource
 from outgrow.streaming.mds import MdsFolder
 from outgrow.streaming.sources.digests import DigestCache
-from outgrow.streaming.sources.document import Document, Input, Skipped
-from outgrow.streaming.sources.documents import DocumentsUnit, units_of
-from outgrow.streaming.sources.files import InputFiles, find_files
+from outgrow.streaming.sources.document import Document, Dropped
+from outgrow.streaming.sources.documents import units_of
+from outgrow.streaming.sources.files import find_files
+from outgrow.streaming.sources.reading import Files, stored_bytes
 
 
-class MdsDocuments:
-    """The opened source. Shards are read in the parent process, where each is opened and checked once."""
-
-    def __init__(self, source: MdsSource, folder: Path, files: InputFiles) -> None:
-        self._source = source
-        self._folder = folder
-        self._files = files
-
-    @property
-    def inputs(self) -> tuple[Input, ...]:
-        return self._files.inputs
-
-    def check_unchanged(self) -> None:
-        self._files.check_unchanged()
-
-    def units(self) -> Iterator[DocumentsUnit]:
-        return units_of(self._documents())
-
-    def _documents(self) -> Iterator[Document | Skipped]:
-        folder = MdsFolder(self._folder)
-        for sample in range(len(folder)):
-            source = f"{self._folder.name}#{sample}"
-            token_ids = _token_ids(folder.column(sample, self._source.column), source)
-            yield Document(token_ids=token_ids, source=source) if len(token_ids) else Skipped(source=source, reason="empty")
+def _documents(root: Path, column: str) -> Iterator[Document | Dropped]:
+    """Shards are read in the parent process, where each is opened and checked once."""
+    folder = MdsFolder(root)
+    for sample in range(len(folder)):
+        source = f"{root.name}#{sample}"
+        token_ids = _token_ids(folder.column(sample, column), source)
+        if len(token_ids):
+            yield Document(content=token_ids, source=source)
+        else:
+            yield Dropped(source=source, reason="empty", detail="it has no token ids")
 
 
 def _token_ids(value: Any, where: str) -> npt.NDArray[np.int64]:
@@ -61,7 +48,7 @@ def _described(value: Any) -> str:
     )
 
 
-def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) -> MdsDocuments:
+def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) -> Files:
     """The source in the folder ``root``.
 
     Raises ``DataError`` where the folder has no index, a hostile one, or no integer column of that name.
@@ -79,4 +66,10 @@ def open_mds(stream: str, source: MdsSource, root: str, digests: DigestCache) ->
             where=str(folder),
             hint="set the source's column",
         )
-    return MdsDocuments(source, folder, InputFiles(stream, found, digests, lambda path: path.stat().st_size))
+    return Files(
+        found.files,
+        digests,
+        make_units=lambda: units_of(_documents(folder, source.column)),
+        text_bytes=stored_bytes,
+        read_as=stored_bytes.__module__,
+    )

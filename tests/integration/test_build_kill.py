@@ -1,4 +1,5 @@
-"""A build that is killed: no dataset is visible, its processes end, and the next one starts clean and gives the same bytes."""
+"""A build that is killed: no dataset is visible, its processes end, and the next one goes on with what is finished and gives
+the same bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import psutil
 import pytest
 from text_recipes import make_recipe, make_site, text, text_stream
 
+from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
@@ -21,15 +22,20 @@ from outgrow.storage import tree_digests
 from outgrow.streaming.build import build, find
 from outgrow.streaming.store import Progress
 
-_SCRIPT = """
+_UNIT_BYTES = 20_000
+_PART_DOCUMENTS = 5
+
+_SCRIPT = f"""
 import json, sys
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming import build as builder
+from outgrow.streaming import parts
 from outgrow.streaming.build import build
-from outgrow.streaming.sources import text
+from outgrow.streaming.sources import reading
 
-builder.UNIT_BYTES = text.UNIT_BYTES = 20_000  # many units from little text
+builder.UNIT_BYTES = reading.UNIT_BYTES = {_UNIT_BYTES}  # many units from little text
+parts.PART_DOCUMENTS = {_PART_DOCUMENTS}
 
 if __name__ == "__main__":
     recipe, site = json.load(open(sys.argv[1]))
@@ -58,14 +64,36 @@ def started(root: Path, recipe: Recipe, site: Site) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def until(process: subprocess.Popen[str], stage: str) -> Iterator[str]:
-    """The lines of the process up to the first that says ``stage``."""
+def until(process: subprocess.Popen[str], stage: str, times: int = 1) -> Iterator[str]:
+    """The lines of the process up to the one that says ``stage`` so often."""
     assert process.stdout is not None
     for line in process.stdout:
         yield line.strip()
-        if line.strip() == stage:
+        times -= line.strip() == stage
+        if not times:
             return
     raise AssertionError(f"the build ended before {stage}")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process cuts units and parts as the script does."""
+    for module in ("build", "sources.reading"):
+        monkeypatch.setattr(f"outgrow.streaming.{module}.UNIT_BYTES", _UNIT_BYTES)
+    monkeypatch.setattr("outgrow.streaming.parts.PART_DOCUMENTS", _PART_DOCUMENTS)
+
+
+@pytest.fixture(scope="module")
+def reference(work: tuple[Recipe, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[DatasetCard, dict[str, str]]:
+    """The card and the digests of a build that nobody disturbs."""
+    recipe, folder = work
+    site = make_site(tmp_path_factory.mktemp("untouched"), prose=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("build", "sources.reading"):
+            patch.setattr(f"outgrow.streaming.{module}.UNIT_BYTES", _UNIT_BYTES)
+        patch.setattr("outgrow.streaming.parts.PART_DOCUMENTS", _PART_DOCUMENTS)
+        card = build(recipe, site).card
+    return card, tree_digests(Path(site.open_storage().path(card.store)))
 
 
 def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
@@ -73,59 +101,86 @@ def wait_for_end(processes: list[psutil.Process], seconds: float) -> None:
     assert not alive
 
 
-def test_kill_9_of_a_build_leaves_nothing_and_the_next_one_starts_clean(tmp_path: Path, work: tuple[Recipe, Path]) -> None:
+Reference = tuple[DatasetCard, dict[str, str]]
+
+
+def test_kill_9_of_a_build_leaves_its_finished_parts_and_the_next_one_goes_on(
+    tmp_path: Path, work: tuple[Recipe, Path], reference: Reference, small: None
+) -> None:
     recipe, folder = work
     site = make_site(tmp_path, build_processes=2, prose=folder)
     with started(tmp_path, recipe, site) as process:
-        list(until(process, "tokens"))
+        list(until(process, "tokens", 23))
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
         process.kill()
     datasets = Path(site.open_storage().path("datasets"))
-    (aside,) = datasets.iterdir()
-    assert aside.name.startswith(".building-")
+    (left,) = datasets.iterdir()
+    assert left.name.startswith(".unfinished-")
     assert find(recipe, site) is None
     wait_for_end(children, 30)
+    finished = len(list((left / "parts" / "prose").iterdir()))
+    assert finished >= 4, "the first 20 units are 4 parts"
+    written = sorted((left / "store").rglob("documents/*"))
 
-    result = build(recipe, site)
+    seen: list[Progress] = []
+    result = build(recipe, site, progress=seen.append)
     assert result.built
+    blocks = [progress for progress in seen if progress.stage == "tokens"]
+    assert len(blocks) == 50 - finished * _PART_DOCUMENTS, "units of finished parts were tokenised again"
+    assert blocks[0].found_bytes == sum(path.stat().st_size for path in sorted(folder.iterdir())[: finished * _PART_DOCUMENTS])
+    assert blocks[-1].done_bytes == blocks[-1].total_bytes
+    assert not any(progress.stage == "tokenizer" for progress in seen), "the tokenizer was trained again"
     assert sorted(path.name for path in datasets.iterdir()) == sorted([Path(result.card.store).name, "by-recipe"])
-    untouched = make_site(tmp_path / "untouched", prose=folder)
-    reference = build(recipe, untouched)
-    assert reference.card == result.card
-    assert tree_digests(Path(untouched.open_storage().path(result.card.store))) == tree_digests(
-        datasets.parent / result.card.store
-    )
+    assert written and reference == (result.card, tree_digests(datasets.parent / result.card.store))
+
+
+def test_kill_9_time_and_again_changes_no_byte(
+    tmp_path: Path, work: tuple[Recipe, Path], reference: Reference, small: None
+) -> None:
+    recipe, folder = work
+    site = make_site(tmp_path, build_processes=1, prose=folder)
+    for stage, times in (("tokens", 28), ("index", 1)):
+        with started(tmp_path, recipe, site) as process:
+            list(until(process, stage, times))
+            process.kill()
+        assert find(recipe, site) is None
+    card = build(recipe, site).card
+    assert reference == (card, tree_digests(Path(site.open_storage().path(card.store))))
 
 
 def test_kill_9_of_one_of_its_processes_ends_the_build_with_a_reason(
-    tmp_path: Path, work: tuple[Recipe, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, work: tuple[Recipe, Path], small: None
 ) -> None:
     recipe, folder = work
-    monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 20_000)
-    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 20_000)
     site = make_site(tmp_path, build_processes=2, prose=folder)
 
+    blocks = 0
+
     def kill_a_process(progress: Progress) -> None:
-        if progress.stage == "tokens":
+        nonlocal blocks
+        blocks += progress.stage == "tokens"
+        if blocks == 8:
             for child in multiprocessing.active_children()[:1]:
                 child.kill()
 
     with pytest.raises(DataError, match="a process of the build was killed"):
         build(recipe, site, progress=kill_a_process)
-    assert list(Path(site.open_storage().path("datasets")).iterdir()) == []
+    (left,) = Path(site.open_storage().path("datasets")).iterdir()
+    assert left.name.startswith(".unfinished-"), "a part was finished, and is kept"
 
 
-def test_two_builds_at_once_give_one_dataset(tmp_path: Path, work: tuple[Recipe, Path]) -> None:
+def test_a_second_build_of_the_same_dataset_waits_and_finds_it_done(
+    tmp_path: Path, work: tuple[Recipe, Path], small: None
+) -> None:
     recipe, folder = work
     site = make_site(tmp_path, build_processes=1, prose=folder)
+    seen: list[Progress] = []
     with started(tmp_path, recipe, site) as other:
-        list(until(other, "tokenizer"))
-        result = build(recipe, site)
+        list(until(other, "tokens"))
+        result = build(recipe, site, progress=seen.append)
         assert other.wait(120) == 0
+    assert [progress.stage for progress in seen if progress.stage in ("waiting", "tokens")] == ["waiting"]
     datasets = Path(site.open_storage().path("datasets"))
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and len(list(datasets.iterdir())) > 2:
-        time.sleep(0.1)
     assert sorted(path.name for path in datasets.iterdir()) == sorted([Path(result.card.store).name, "by-recipe"])
     assert find(recipe, site) == result.card

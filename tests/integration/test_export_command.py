@@ -61,7 +61,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     made = make_site(root, prose=write_texts(root / "prose", 12))
     (root / "site.yaml").write_text(f"schema: 1\nstorage: {made.storage}\ncache: {made.cache}\n")
     card = build(recipe(), made).card
-    with claim(made.open_storage(), recipe(), card.store_fingerprint, fresh=False, accept=False) as claimed:
+    with claim(made.open_storage(), recipe(), card.data_fingerprint, fresh=False, accept=False) as claimed:
         job = JobSpec(
             recipe=recipe().to_dict(),
             site=made.to_dict(),

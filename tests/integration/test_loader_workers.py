@@ -10,15 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from datasets_of_cards import card, index_card, recipe
 from token_stores import Dataset, documents, layout, make_dataset
 
-from outgrow.contracts import JobSpec, StepRows
+from outgrow.contracts import Batch, JobSpec, StepRows
 from outgrow.errors import IntegrityError, TrainingError
+from outgrow.recipes.mix import Mix
 from outgrow.streaming.loader import build_loader
 from outgrow.streaming.read_ahead import read_ahead_depth
 from outgrow.streaming.steps import ReadPlan
@@ -40,7 +43,7 @@ def read(job: JobSpec, world: int, rank: int, start: int, stop: int) -> list[Ste
 
 def equal(one: StepRows, other: StepRows) -> bool:
     facts = ("step", "epoch", "row_ids", "global_weight", "tokens")
-    tensors = ("token_ids", "targets", "weights", "segments", "positions", "row_ids")
+    tensors = tuple(field.name for field in fields(Batch))
     return all(getattr(one, name) == getattr(other, name) for name in facts) and all(
         torch.equal(getattr(a, name), getattr(b, name))
         for a, b in zip(one.micro_batches, other.micro_batches, strict=True)
@@ -60,6 +63,22 @@ def test_two_workers_give_the_bits_of_none_across_epochs(dataset: Dataset, world
     assert [step.step for step in ahead] == list(range(start, stop))
     assert all(equal(one, other) for one, other in zip(without, ahead, strict=True))
     assert not children()
+
+
+def test_workers_go_through_stages_of_other_lengths(tmp_path: Path) -> None:
+    """Three workers, each of which meets every stage; steps come in order whatever their length."""
+    stages = [
+        {"tokens": 4 * 7 * 32, "shares": {"books": 1}},
+        {"tokens": 4 * 7 * 64, "shares": {"books": 0.5, "code": 0.5}, "sequence_length": 64},
+        {"shares": {"code": 1}},
+    ]
+    streams = {"books": (documents(1, 130, weighted=True), []), "code": (documents(3, 40), [])}
+    staged = make_dataset(tmp_path, streams, data={"stages": stages})
+    duration = {"steps": 12}
+    without = read(staged.job(workers=0, duration=duration), 2, 1, 1, 12)
+    ahead = read(staged.job(workers=3, duration=duration), 2, 1, 1, 12)
+    assert [step.micro_batches[0].token_ids.shape[1] for step in ahead] == [32] * 3 + [64] * 4 + [32] * 4
+    assert all(equal(one, other) for one, other in zip(without, ahead, strict=True))
 
 
 def test_a_killed_worker_is_an_error_within_seconds(dataset: Dataset) -> None:
@@ -104,12 +123,19 @@ def test_a_slow_rank_is_not_run_ahead_of_without_bound(dataset: Dataset) -> None
 
 
 def test_steps_ahead_are_bounded_in_bytes() -> None:
-    plan = ReadPlan(
-        store="", index="", index_fingerprint="", layout=layout(1, rows=64, micro_rows=4), rank=0, seed=0, fill_token=0
-    )
-    assert read_ahead_depth(plan, 2048) == 8
-    assert read_ahead_depth(plan, 32_768) == 4
-    assert read_ahead_depth(plan, 1_048_576) == 1
+    def depth(*lengths: int) -> int:
+        stages: list[dict[str, object]] = [{"shares": {"a": 1}, "sequence_length": length, "tokens": 1} for length in lengths]
+        del stages[-1]["tokens"]
+        dataset = card(*(index_card(length, {"a": (9, 9)}) for length in lengths))
+        mix = Mix.of(recipe(64, length=lengths[0], stages=stages), dataset)
+        own = layout(1, rows=64, micro_rows=4)
+        return read_ahead_depth(ReadPlan(store="", indexes=(), mix=mix, layout=own, rank=0, seed=0, fill_token=0))
+
+    assert depth(2048) == 8
+    assert depth(16_384) == 7
+    assert depth(2048, 16_384, 512) == 7, "the longest rows decide"
+    assert depth(32_768) == 3
+    assert depth(1_048_576) == 1
 
 
 def train_forever(path: str) -> None:

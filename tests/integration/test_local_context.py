@@ -11,15 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from datasets_of_cards import card, index_card
 
 from outgrow.cluster.local import LocalContext, run_local
-from outgrow.contracts import Context, DatasetCard, JobSpec, RunRef, StepRecord, WorkerResult
+from outgrow.contracts import Context, JobSpec, RunRef, StepRecord, WorkerResult
 from outgrow.errors import DataError, TrainingError
 
-CARD = DatasetCard(
-    store="datasets/x", index="datasets/x/rows", store_fingerprint="s", index_fingerprint="i", tokenizer_fingerprint="t",
-    vocab_size=300, eos_token_id=0, sequence_length=8, tokens=80, rows=10, fill=1.0, validation_rows=0, bytes=0, streams=(),
-)  # fmt: skip
+CARD = card(index_card(8, {"a": (10, 80)}))
 
 
 def job(workers: int, **recipe: object) -> JobSpec:

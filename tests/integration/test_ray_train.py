@@ -38,7 +38,7 @@ def straight_through(folder: Path) -> dict[int, set[tuple[float | None, float | 
         words = ["schedule.options.seconds=0"]
         opened = open_recipe(place.folder / "recipe.yaml", words, place.folder / "site.yaml")
         card = build(opened.recipe, opened.site).card
-        with claim(opened.site.open_storage(), opened.recipe, card.store_fingerprint, fresh=False, accept=False) as claimed:
+        with claim(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False, accept=False) as claimed:
             job = JobSpec(
                 recipe=opened.recipe.to_dict(), site=opened.site.to_dict(), card=card, run=claimed.run,
                 workers=2, threads_per_worker=1, device="cpu",

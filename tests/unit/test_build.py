@@ -7,34 +7,26 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from safetensors.numpy import load_file
 from text_recipes import make_recipe, make_site, text, text_stream, write_texts
 
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import tree_digests
-from outgrow.streaming.aside import remove_abandoned
 from outgrow.streaming.build import build, find
 from outgrow.streaming.card import describe
 from outgrow.streaming.inspect import first_rows
-from outgrow.streaming.sampling import forecast_bytes, sample_texts
-from outgrow.streaming.sources import Document, open_source
-from outgrow.streaming.sources.digests import DigestCache
 from outgrow.streaming.store import Progress
-from outgrow.streaming.tokenise import held_out
 from outgrow.streaming.tokenizer import TextTokenizer, train
-from outgrow.streaming.verify import stored_facts, verify
+from outgrow.streaming.verify import stored_facts, stored_index_facts, verify
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,12 @@ def stored(site: Site, key: str) -> Path:
 
 
 def datasets(site: Site) -> list[str]:
+    """What lies beside the cards: datasets, and what builds have left."""
     return [name for name in site.open_storage().names("datasets") if name != "by-recipe"]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -102,27 +99,30 @@ def test_the_card_counts_what_is_there(site: Site) -> None:
     card = find(recipe_of(), site)
     assert card is not None
     notes, prose = card.streams
-    assert (notes.name, notes.documents + notes.validation_documents, notes.skipped) == ("notes", 50, 1)
-    assert (prose.name, prose.documents + prose.validation_documents, prose.skipped) == ("prose", 40, 1)
+    assert (notes.name, notes.documents + notes.validation_documents, notes.dropped) == ("notes", 50, {"malformed": 1})
+    assert (prose.name, prose.documents + prose.validation_documents, prose.dropped) == ("prose", 40, {"empty": 1})
     assert card.tokens == notes.tokens + prose.tokens
-    assert card.rows == notes.rows + prose.rows == -(-notes.tokens // 16) + -(-prose.tokens // 16)
+    assert card.rows == notes.rows + prose.rows
     assert card.fill == card.tokens / (card.rows * 16)
     assert card.bytes == sum(path.stat().st_size for path in stored(site, card.store).rglob("*") if path.is_file())
     facts = stored_facts(site.open_storage(), card)
-    assert [stream.skipped for stream in facts.streams] == [{"malformed": 1}, {"empty": 1}]
-    shown = describe(card, facts)
-    assert f"{card.tokens:,} tokens in {card.rows:,} rows of 16" in shown
-    assert "skipped in notes: 1 malformed" in shown
+    assert [stream.dropped for stream in facts.streams] == [{"malformed": 1}, {"empty": 1}]
+    shown = describe(card, facts, stored_index_facts(site.open_storage(), card))
+    assert f"{card.tokens:,} tokens in {card.rows:,} rows of 16, {card.fill:.2%} full" in shown
+    assert "of the cuts between rows spare sentences and turns" in shown
+    assert "dropped in notes: 1 malformed" in shown
+    (left_out,) = lines_of(stored(site, card.store) / "streams/notes/dropped.jsonl")
+    assert (left_out["source"], left_out["reason"], left_out["content"]) == ("n.jsonl#51", "malformed", "")
 
 
 def test_rows_are_shown_as_text_with_their_boundaries(site: Site, inputs: dict[str, Path]) -> None:
-    card = find(recipe_of(), site)
+    recipe = recipe_of()
+    card = find(recipe, site)
     assert card is not None
-    shown = list(first_rows(site, card, card.rows))
+    shown = list(first_rows(recipe, site, card, card.rows))
     assert sorted(row.row_id for row in shown) == list(range(card.rows))
     by_source: dict[str, dict[int, str]] = {}
     for row in shown:
-        assert row.tokens == 16 or row.tokens == sum(segment.length for segment in row.segments)
         for segment in row.segments:
             by_source.setdefault(segment.source, {})[segment.start] = segment.text
     whole = {source: "".join(part for _, part in sorted(parts.items())) for source, parts in by_source.items()}
@@ -130,26 +130,17 @@ def test_rows_are_shown_as_text_with_their_boundaries(site: Site, inputs: dict[s
     assert whole["n.jsonl#3"] == text(102, 30) + "<|endoftext|>"
 
 
-def test_equal_documents_are_on_the_same_side() -> None:
-    for number in range(50):
-        content = text(number, 5)
-        sides = {held_out(Document(text=content, source=source), 0.3) for source in ("a", "b#7", "c")}
-        assert len(sides) == 1
-    share = sum(held_out(Document(text=str(number), source=""), 0.3) for number in range(4000)) / 4000
-    assert abs(share - 0.3) < 0.03
-
-
 # --- the same bytes, once ---------------------------------------------------------------------------------------------
 
 
-def test_the_same_bytes_for_one_and_two_processes_and_another_folder(
+def test_the_same_bytes_for_one_and_four_processes_and_another_folder(
     tmp_path: Path, site: Site, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = {name: shutil.copytree(path, tmp_path / "moved" / name) for name, path in inputs.items()}
-    other = make_site(tmp_path, build_processes=2, **moved)
+    other = make_site(tmp_path, build_processes=4, **moved)
     # Little text makes one unit, and one unit one process.
     monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 1000)
-    for module in ("lines", "text"):
+    for module in ("lines", "reading"):
         monkeypatch.setattr(f"outgrow.streaming.sources.{module}.UNIT_BYTES", 3000)
     result = build(recipe_of(), other)
     assert result.built
@@ -173,12 +164,62 @@ def test_another_length_or_seed_is_another_index_of_the_same_store(tmp_path: Pat
     reader = build(recipe_of(loader_workers=7), site)
     assert (longer.card.store, longer.built) == (first.card.store, True)
     assert "indexed" in longer.note
-    assert longer.card.index != first.card.index
+    assert longer.card.indexes != first.card.indexes
     assert (reader.card, reader.built) == (first.card, False)
     assert datasets(site) == [first.card.store.removeprefix("datasets/")]
 
 
-@pytest.mark.parametrize("change", ["content", "name", "fraction", "tokenizer", "shard_bytes"])
+@pytest.mark.parametrize(
+    ("keys", "stream_keys"),
+    [
+        ({}, {"filter": {"min_chars": 470}}),
+        ({}, {"order": "sequential"}),
+        ({}, {"split": "never", "too_long": "split"}),
+        ({"duplicates": {"remove": "exact"}}, {}),
+        ({"window_shards": 3}, {}),
+    ],
+)
+def test_what_decides_the_rows_alone_makes_another_index_of_the_same_store(
+    tmp_path: Path, inputs: dict[str, Path], keys: dict[str, Any], stream_keys: dict[str, Any]
+) -> None:
+    site = make_site(tmp_path, **inputs)
+    first = build(make_recipe(text_stream()), site)
+    other = build(make_recipe(text_stream() | stream_keys, **keys), site)
+    assert other.built and "indexed anew" in other.note
+    assert other.card.store == first.card.store and other.card.indexes[0].folder != first.card.indexes[0].folder
+
+
+def test_another_mix_of_streams_is_the_same_dataset(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    site = make_site(tmp_path, **inputs)
+    notes = {"name": "notes", "source": {"kind": "jsonl", "path": "notes", "on_error": "skip"}}
+    first = build(make_recipe(text_stream(), notes), site)
+    mixed = build(make_recipe(text_stream() | {"epochs": 3}, notes | {"share": 0.1}), site)
+    assert (mixed.card, mixed.built) == (first.card, False)
+    away = make_site(tmp_path, prose=tmp_path / "gone", notes=tmp_path / "gone")
+    assert find(make_recipe(text_stream() | {"epochs": 2}, notes), away) == first.card
+
+
+def test_stages_of_several_lengths_have_an_index_each(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    stages = [{"tokens": 64, "shares": {"prose": 1}, "sequence_length": 32}, {"shares": {"prose": 1}}]
+    recipe = make_recipe(text_stream(), stages=stages)
+    url = f"memory://stages-{os.getpid()}"
+    site = make_site(tmp_path, storage=url, **inputs)
+    card = build(recipe, site).card
+    assert [index.sequence_length for index in card.indexes] == [16, 32]
+    assert [index.streams[0].tokens for index in card.indexes] == [card.tokens] * 2
+    assert card.index_of(32).rows * 2 <= card.index_of(16).rows + 2
+    for index in card.indexes:
+        assert site.open_storage().exists(f"{index.folder}/COMMITTED")
+    assert verify(site.open_storage(), card).files > 0
+    # One of them is there already for another recipe.
+    single = build(make_recipe(text_stream()), site)
+    assert single.card.indexes == card.indexes[:1] and single.card.store == card.store
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["content", "name", "fraction", "tokenizer", "shard_bytes", "clean", "tag", "chat", "languages", "near", "on_error"],
+)
 def test_what_decides_the_bytes_makes_another_store(tmp_path: Path, inputs: dict[str, Path], change: str) -> None:
     prose = shutil.copytree(inputs["prose"], tmp_path / "prose")
     site = make_site(tmp_path, prose=prose)
@@ -187,14 +228,60 @@ def test_what_decides_the_bytes_makes_another_store(tmp_path: Path, inputs: dict
         "fraction": {"validation_fraction": 0.3},
         "tokenizer": {"tokenizer": {"kind": "train", "vocab_size": 301, "sample_bytes": 100_000}},
         "shard_bytes": {"shard_bytes": 70_000},
+        "near": {"duplicates": {"remove": "near"}},
+    }
+    streams: Mapping[str, Any] = {
+        "clean": {"clean": [{"kind": "nfc"}]},
+        "tag": {"tag": "<PROSE>"},
+        "chat": {"chat": {"add_system": "You are kind."}},
+        "languages": {"filter": {"languages": ["en"]}},
+        "on_error": {"source": text_stream()["source"] | {"on_error": "skip"}},
     }
     if change == "content":
         (prose / "001.txt").write_text(text(999, 60))
     if change == "name":
         (prose / "001.txt").rename(prose / "zzz.txt")
-    recipe = make_recipe(text_stream(), **sections.get(change, {}))
+    recipe = make_recipe(text_stream() | streams.get(change, {}), **sections.get(change, {}))
     assert find(recipe, site) is None
-    assert build(recipe, site).card.store_fingerprint != before.store_fingerprint
+    if change == "languages":
+        (prose / "en.txt").write_text("The population of the capital grows from year to year, says the mayor. " * 9)
+    after = build(recipe, site).card
+    assert after.store_fingerprint != before.store_fingerprint
+    tables = [load_file(path) for path in stored(site, after.store).glob("streams/prose/*/documents/*")]
+    assert all(("language" in table, "signature" in table) == (change == "languages", change == "near") for table in tables)
+    assert after.vocab_size == {"tokenizer": 301, "tag": 301}.get(change, 300)
+
+
+def test_dialogues_and_pairs_become_documents_with_weights(tmp_path: Path) -> None:
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    talks = [{"messages": [said("user", text(n, 9)), said("assistant", text(90 + n, 9))]} for n in range(30)]
+    pairs = [{"prompt": text(n, 5), "chosen": text(50 + n, 5), "rejected": text(70 + n, 7)} for n in range(30)]
+    for name, records in (("talks", talks), ("pairs", pairs)):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / name / "x.jsonl").write_text("\n".join([*lines, '{"messages": 3}']))
+    chat = {"template": {"kind": "named", "name": "chatml"}}
+    streams = [
+        {
+            "name": name,
+            "source": {"kind": "jsonl", "path": name, "on_error": "quarantine", "shape": {"kind": shape}},
+            "chat": chat,
+            "split": "never",
+        }
+        for name, shape in (("talks", "messages"), ("pairs", "preference"))
+    ]
+    site = make_site(tmp_path, talks=tmp_path / "talks", pairs=tmp_path / "pairs")
+    recipe = make_recipe(*streams, sequence_length=512, validation_fraction=0.0)
+    card = build(recipe, site).card
+    paired, talked = stored_facts(site.open_storage(), card).streams
+    assert (paired.name, paired.pairs, paired.documents, paired.dropped) == ("pairs", True, 30, {"malformed": 1})
+    assert (talked.name, talked.pairs, talked.documents, talked.dropped) == ("talks", False, 30, {"malformed": 1})
+    (table,) = (load_file(path) for path in stored(site, card.store).glob("streams/talks/train/documents/*"))
+    assert not table["uniform"].any() and (table["weight"] > 0).all() and (table["weight"] < table["lengths"] - 1).all()
+    (lost,) = lines_of(stored(site, card.store) / "streams/talks/dropped.jsonl")
+    assert (lost["source"], lost["reason"], lost["content"]) == ("x.jsonl#31", "malformed", '{"messages": 3}')
 
 
 def test_a_machine_without_the_sources_uses_the_dataset_of_the_same_section(tmp_path: Path, inputs: dict[str, Path]) -> None:
@@ -233,7 +320,7 @@ def test_a_bucket_gets_the_dataset_whole_with_its_markers_last(tmp_path: Path, i
     site = make_site(tmp_path, storage=url, **inputs)
     seen: list[Progress] = []
     card = build(recipe_of(), site, progress=seen.append).card
-    assert {progress.stage for progress in seen} == {"inputs", "tokenizer", "tokens", "index", "upload"}
+    assert {progress.stage for progress in seen} == {"inputs", "tokenizer", "tokens", "selection", "index", "upload"}
     storage = site.open_storage()
     assert verify(storage, card).num_bytes > 10_000
     assert find(recipe_of(), site) == card
@@ -251,7 +338,8 @@ def test_verify_names_every_file_that_differs_or_is_missing(tmp_path: Path, inpu
     site = make_site(tmp_path, **inputs)
     card = build(recipe_of(), site).card
     verified = verify(site.open_storage(), card)
-    assert verified.files == 4 * 3 + 3 + 4
+    every = [path for path in stored(site, card.store).rglob("*") if path.is_file()]
+    assert verified.files == len(every) - 4, "all but the two manifests and markers"
     shard = stored(site, card.store) / "streams/prose/train/shard.00000.mds"
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
@@ -262,7 +350,7 @@ def test_verify_names_every_file_that_differs_or_is_missing(tmp_path: Path, inpu
     assert "prose/train/shard.00000.mds: the bytes differ" in str(caught.value)
     assert "tokenizer_config.json: the file is missing" in str(caught.value)
     manifest = stored(site, card.store) / "store.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 1', b'"format": 2'))
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format": 2', b'"format": 3'))
     with pytest.raises(IntegrityError, match="store.json"):
         verify(site.open_storage(), card)
 
@@ -278,7 +366,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, processes: int, monke
     site = site.model_copy(update={"sources": {**site.sources, "tokenizer": str(tmp_path / "tokenizer")}})
     # The forecast reads the first files only, so the bad one is met in the midst of the build.
     monkeypatch.setattr("outgrow.streaming.sampling._FORECAST_BYTES", 10)
-    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 10)
+    monkeypatch.setattr("outgrow.streaming.sources.reading.UNIT_BYTES", 10)
     with pytest.raises(DataError, match="zz.txt"):
         build(recipe, site)
     assert datasets(site) == []
@@ -292,43 +380,6 @@ def test_a_disk_without_room_is_refused_with_figures_before_a_shard_is_written(
     with pytest.raises(DataError, match=r"takes about 0.00 GB, and 0.00 GB are free"):
         build(recipe_of(), site)
     assert datasets(site) == []
-
-
-def test_the_forecast_of_room_is_near_the_truth(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    site = make_site(tmp_path, **inputs)
-    card = build(recipe_of(), site).card
-    written = sum(path.stat().st_size for path in stored(site, card.store).glob("streams/*/*/*.mds"))
-    opened = tuple(open_source(stream, site, DigestCache(tmp_path / "cache")) for stream in recipe_of().data.streams)
-    assert written < forecast_bytes(opened, TextTokenizer(stored(site, card.store) / "tokenizer")) < 1.4 * written
-
-
-def sampled(root: Path, limit_bytes: int, **folders: Path) -> list[str]:
-    site = make_site(root, **folders)
-    streams = make_recipe(*(text_stream(name) for name in folders)).data.streams
-    return list(sample_texts([open_source(stream, site, DigestCache(root / "cache")) for stream in streams], limit_bytes))
-
-
-def test_a_tokenizer_is_trained_on_the_same_share_of_every_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.streaming.sources.text.UNIT_BYTES", 5000)
-    small, large = write_texts(tmp_path / "small", 20), write_texts(tmp_path / "large", 80)
-    for path in small.iterdir():
-        path.write_text("S" + path.read_text())
-    texts = sampled(tmp_path, 10_000, small=small, large=large)
-    sizes = [sum(len(t) for t in texts if t.startswith("S")), sum(len(t) for t in texts if not t.startswith("S"))]
-    assert 9_000 < sum(sizes) <= 10_000
-    assert 0.15 < sizes[0] / sum(sizes) < 0.25
-    assert len(texts) > 15  # from all over the folders, not from their first files alone
-    assert texts == sampled(tmp_path, 10_000, small=small, large=large)
-
-
-def test_all_text_is_sampled_where_the_limit_allows(tmp_path: Path) -> None:
-    """Also where it is longer in UTF-8 than in its file."""
-    (tmp_path / "ru").mkdir()
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / "ru" / name).write_bytes(
-            ("Москва - столица России, население города растёт. " * 20 + name).encode("cp1251")
-        )
-    assert [text[-5:] for text in sampled(tmp_path, 100_000, ru=tmp_path / "ru")] == ["a.txt", "b.txt"]
 
 
 def test_a_stream_with_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
@@ -361,21 +412,6 @@ def test_token_ids_need_the_tokenizer_that_made_them(tmp_path: Path) -> None:
     assert card.tokenizer_fingerprint == larger.fingerprint != made.fingerprint
     # Each document ends with the end-of-text token once: three tokens and it, or the one that was there.
     assert sum(s.tokens + s.validation_tokens for s in card.streams) == 20 * 4 + 3
-
-
-def test_folders_of_dead_builds_are_removed_and_others_kept(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    host = socket.gethostname()
-    dead = tmp_path / f".building-{host}-{process.pid}-1234"
-    reused = tmp_path / f".building-{host}-{os.getpid()}-1234"
-    elsewhere = tmp_path / f".building-else-where-{process.pid}-1234"
-    born = int(psutil.Process().create_time() * 1000)
-    alive = tmp_path / f".building-{host}-{os.getpid()}-{born - 900}"  # the clock was set since
-    for folder in (dead, reused, elsewhere, alive):
-        folder.mkdir()
-    assert remove_abandoned(tmp_path) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, alive.name}
 
 
 def test_a_build_starts_no_thread_that_stays(tmp_path: Path, inputs: dict[str, Path]) -> None:

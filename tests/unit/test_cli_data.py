@@ -42,7 +42,7 @@ def test_build_card_inspect_and_verify(files: list[str], capsys: pytest.CaptureF
 
     assert run(capsys, "build", *files)[1].startswith("nothing to do")
     code, shown, _ = run(capsys, "inspect", "--rows", "2", *files)
-    assert code == 0 and shown.count("=== row ") == 2 and ".txt: tokens " in shown
+    assert code == 0 and shown.count("=== step 0: row ") == 2 and ".txt: tokens " in shown
     assert any(line in shown for number in range(30) for line in text(number, 60).split())
     assert "every digest holds" in run(capsys, "verify", *files)[1]
 
@@ -55,3 +55,58 @@ def test_verify_fails_on_a_flipped_byte(files: list[str], tmp_path: Path, capsys
     shard.write_bytes(data)
     code, _, err = run(capsys, "verify", *files)
     assert code == 1 and "shard.00000.mds: the bytes differ from their digest" in err
+
+
+def test_builds_that_never_finished_are_listed_and_removed(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = tmp_path / "storage/datasets/.unfinished-0123456789abcdef"
+    (left / "parts").mkdir(parents=True)
+    (left / "parts" / "x").write_bytes(bytes(2_000_000))
+    out = run(capsys, "build", *files)[1]
+    assert "1 other build(s) never finished and take 0.00 GB: outgrow data unfinished shows them" in out
+    code, out, _ = run(capsys, "unfinished", *files[1:])
+    assert code == 0 and "datasets/0123456789abcdef: 2.0 MB, last written to 0.0 days ago, kept" in out
+    assert "kept" in run(capsys, "unfinished", "--remove-older", "1", *files[1:])[1] and left.exists()
+    assert "removed" in run(capsys, "unfinished", "--remove-older", "0", *files[1:])[1] and not left.exists()
+    assert run(capsys, "unfinished", *files[1:])[1] == ""
+
+
+def test_ctrl_c_says_that_the_build_can_go_on(
+    files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("outgrow.streaming.build.write_store", interrupted)
+    code, _, err = run(capsys, "build", *files)
+    assert code == 130 and "the same command goes on with what is finished" in err
+
+
+def test_dropped_documents_are_listed(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        (tmp_path / "prose" / f"empty{number}.txt").touch()
+    run(capsys, "build", *files)
+    _, out, _ = run(capsys, "dropped", *files)
+    assert out.count("prose  empty  empty") == 3
+    _, out, _ = run(capsys, "dropped", "--stream", "prose", "--reason", "empty", "--limit", "1", *files)
+    assert "empty0.txt" in out and "and 2 more: --limit 0 shows all" in out and "empty1.txt" not in out
+    code, _, err = run(capsys, "dropped", "--reason", "ugly", *files)
+    assert code == 2 and "no document is dropped for 'ugly'" in err
+
+
+def test_a_report_is_written(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "build", *files)
+    code, out, _ = run(capsys, "report", "--out", str(tmp_path / "r.html"), *files)
+    assert code == 0 and out == f"report: {tmp_path}/r.html\n"
+    assert "<html" in (tmp_path / "r.html").read_text()
+
+
+def test_streams_are_proposed_for_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "prose", 3)
+    code, out, _ = run(capsys, "detect", str(tmp_path / "prose"))
+    assert code == 0
+    (stream,) = yaml.safe_load(out)["streams"]
+    assert stream["source"]["kind"] == "text"
+    code, _, err = run(capsys, "detect", str(tmp_path / "nothing"))
+    assert code == 2 and "there is no such file or folder" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from outgrow.contracts import Batch, StepRows
 from outgrow.recipes.schema.training import AdamW
 from outgrow.trainers.engines.adamw import NamedAdamW
+from outgrow.trainers.engines.forward import to_device
 from outgrow.trainers.regions import Region, local_part
 from outgrow.trainers.validation import validate
 
@@ -32,6 +34,13 @@ class Kept:
 
     def read(self, name: str, region: Region) -> torch.Tensor:
         return self._tensors[name][region.slices]
+
+
+def test_every_tensor_of_a_batch_goes_to_the_device() -> None:
+    moved = to_device(batch(rows_of_steps()[0], LENGTH), torch.device("meta"))
+    assert {field.name: getattr(moved, field.name).device.type for field in fields(Batch)} == {
+        name: "meta" for name in ("token_ids", "targets", "weights", "segments", "positions", "pairs", "row_ids")
+    }
 
 
 @pytest.fixture

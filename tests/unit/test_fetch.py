@@ -23,7 +23,10 @@ SHARD = "datasets/s/streams/books/train/shard.00001.mds"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("fetch"), {"books": (documents(1, 130), documents(2, 9))})
+    """A store with an index for rows of 32 tokens and one for rows of 48."""
+    stages = [{"tokens": 448, "shares": {"books": 1}}, {"shares": {"books": 1}, "sequence_length": 48}]
+    streams = {"books": (documents(1, 130), documents(2, 9))}
+    return make_dataset(tmp_path_factory.mktemp("fetch"), streams, data={"stages": stages}, part_documents=50)
 
 
 @pytest.fixture
@@ -59,6 +62,7 @@ def site(remote: str, cache: Path) -> Site:
 def test_the_copy_is_the_original_and_trains_alike(dataset: Dataset, remote: str, tmp_path: Path) -> None:
     folder = local_dataset(site(remote, tmp_path), dataset.card)
     assert folder == tmp_path / "datasets/s"
+    assert len(dataset.card.indexes) == 2 and all((tmp_path / index.folder).is_dir() for index in dataset.card.indexes)
     assert tree_digests(folder) == tree_digests(dataset.store)
     here = build_loader(dataset.job(), layout(1), 0, start_step=0, stop_step=3)
     there = build_loader(dataset.job(storage=remote, cache=str(tmp_path)), layout(1), 0, start_step=0, stop_step=3)
@@ -119,6 +123,17 @@ def test_what_stays_damaged_is_refused_by_name(dataset: Dataset, remote: str, tm
         local_dataset(site(remote, tmp_path), dataset.card)
     assert downloads.count(SHARD) == 3
     assert not (tmp_path / "datasets").exists()
+
+
+def test_a_damaged_table_of_shards_is_refused_before_a_shard_is_asked_for(
+    dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]
+) -> None:
+    table = "datasets/s/streams/books/train/shards.safetensors"
+    storage = Storage(remote)
+    storage.write(table, storage.read(table)[:-1] + b"?")
+    with pytest.raises(IntegrityError, match="(?s)shards.safetensors: .*after 3 downloads"):
+        local_dataset(site(remote, tmp_path), dataset.card)
+    assert SHARD not in downloads
 
 
 def test_a_manifest_that_names_a_file_outside_is_refused(dataset: Dataset, remote: str, tmp_path: Path) -> None:

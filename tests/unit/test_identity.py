@@ -83,6 +83,9 @@ def test_the_fingerprint_stays(changes: dict[str, Any]) -> None:
         {"data__tokenizer": {"kind": "train", "vocab_size": 301}},
         {"batch__rows": 9},
         {"precision": "fp32"},
+        {"data__stages": [{"shares": {"a": 1.0}}]},
+        {"data__streams": [{"name": "a", "source": {"kind": "text", "path": "a"}, "epochs": 2}]},
+        {"data__streams": [{"name": "a", "source": {"kind": "text", "path": "a"}, "share": 1}]},
     ],
 )
 def test_the_fingerprint_changes(changes: dict[str, Any]) -> None:
@@ -93,9 +96,24 @@ def test_the_fingerprint_follows_the_content_of_the_data() -> None:
     assert fingerprint(recipe(), "store") != fingerprint(recipe(), "other store")
 
 
+def test_the_fingerprint_does_not_ask_how_documents_became_these_rows() -> None:
+    """Cleaning, choice and cuts that change no row of any index change nothing that is learned."""
+    cleaned = {"name": "a", "source": {"kind": "text", "path": "b"}, "clean": [{"kind": "nfc"}], "filter": {"min_chars": 3}}
+    changed = recipe(data__streams=[cleaned], data__duplicates={"remove": "near"})
+    assert fingerprint(changed, "store") == fingerprint(recipe(), "store")
+
+
+def test_stages_change_never_and_say_what_to_do_instead() -> None:
+    old, new = recipe(), recipe(data__stages=[{"tokens": 9, "shares": {"a": 1.0}}, {"shares": {"a": 1.0}}])
+    (found,) = differences(old.to_dict(), new.to_dict())
+    assert (found.key, found.verdict) == ("data.stages", "refuse")
+    assert str(found).endswith("(steps would hold other rows; to make the last stage longer, raise duration)")
+    assert classify(("data", "stages", 0, "shares", "a"))[0] == "refuse"
+
+
 def test_the_fingerprint_of_today_is_the_one_of_tomorrow() -> None:
     """It names run folders: raise ``identity.FORMAT`` when this must change."""
-    assert fingerprint(recipe(), "store")[:16] == "95d0af535e23f5f5"
+    assert fingerprint(recipe(), "store")[:16] == "518fe2b54e640ef0"
 
 
 def test_differences_are_shown_key_by_key_with_their_verdict() -> None:

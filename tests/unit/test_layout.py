@@ -6,16 +6,20 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from datasets_of_cards import card, index_card
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outgrow.contracts import Layout
 from outgrow.errors import PlanError
-from outgrow.recipes.layout import resolve, steps_per_epoch, total_steps
+from outgrow.recipes.layout import positions, resolve, total_steps
+from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 
+AUTO = {"kind": "auto"}
 
-def recipe(rows: int = 8, micro_rows: int | str = "auto", parallel: Any = "auto", **duration: Any) -> Recipe:
+
+def recipe(rows: int = 8, micro_rows: int | str = "auto", parallel: Any = AUTO, **duration: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "schema": 1,
@@ -32,6 +36,11 @@ def recipe(rows: int = 8, micro_rows: int | str = "auto", parallel: Any = "auto"
             "parallel": parallel,
         }
     )
+
+
+def mix(asked: Recipe, rows: int) -> Mix:
+    """The mix over a dataset of one stream."""
+    return Mix.of(asked, card(index_card(16, {"a": (rows, 16 * rows)})))
 
 
 def deal_one_by_one(row_ids: list[int], layout: Layout) -> list[list[list[int]]]:
@@ -67,8 +76,8 @@ def test_every_row_of_a_step_goes_to_one_rank_once(rows: int, world: int, micro_
 @pytest.mark.parametrize(
     ("parallel", "world", "local_world", "expected"),
     [
-        ("auto", 1, 1, ("plain", 1, 1)),
-        ("auto", 4, 2, ("fsdp2", 1, 4)),
+        (AUTO, 1, 1, ("plain", 1, 1)),
+        (AUTO, 4, 2, ("fsdp2", 1, 4)),
         ({"kind": "fsdp2"}, 1, 1, ("fsdp2", 1, 1)),
         ({"kind": "fsdp2"}, 6, 2, ("fsdp2", 1, 6)),
         ({"kind": "fsdp2", "shard": "node"}, 4, 2, ("fsdp2", 2, 2)),
@@ -109,7 +118,7 @@ def test_an_epoch_takes_each_row_once(dataset_rows: int, rows: int) -> None:
     while left > 0:
         left -= min(rows, left)
         steps += 1
-    assert steps_per_epoch(dataset_rows, recipe(rows)) == steps
+    assert mix(recipe(rows), dataset_rows).steps_per_epoch == steps
 
 
 @pytest.mark.parametrize(
@@ -126,16 +135,46 @@ def test_an_epoch_takes_each_row_once(dataset_rows: int, rows: int) -> None:
     ],
 )
 def test_duration_in_steps(duration: dict[str, Any], rows: int, expected: int) -> None:
-    assert total_steps(recipe(8, **duration), rows) == expected
+    asked = recipe(8, **duration)
+    assert total_steps(asked, mix(asked, rows)) == expected
+    if "epochs" not in duration:
+        assert total_steps(asked) == expected, "known before the data are built"
 
 
 @given(st.integers(1, 10**6), st.integers(1, 999))
 @settings(deadline=None)
 def test_epochs_round_up_as_written(dataset_rows: int, hundredths: int) -> None:
-    steps = Fraction(hundredths, 100) * steps_per_epoch(dataset_rows, recipe())
-    assert total_steps(recipe(epochs=hundredths / 100), dataset_rows) == -(-steps.numerator // steps.denominator)
+    asked = recipe(epochs=hundredths / 100)
+    own = mix(asked, dataset_rows)
+    steps = Fraction(hundredths, 100) * own.steps_per_epoch
+    assert total_steps(asked, own) == -(-steps.numerator // steps.denominator)
 
 
 def test_a_dataset_without_rows_is_refused() -> None:
     with pytest.raises(PlanError, match="no row to train on"):
-        total_steps(recipe(), 0)
+        mix(recipe(), 0)
+
+
+STAGES = [(3 * 8 * 16 + 1, None), (2 * 8 * 32, 32), (1, 8), (None, 64)]
+"""Tokens and length of rows; with 8 rows a step: 4 steps of 16, 2 of 32, 1 of 8, then steps of 64."""
+
+
+def staged(**duration: int) -> Recipe:
+    stages = [{"tokens": tokens, "shares": {"a": 1}, "sequence_length": length} for tokens, length in STAGES]
+    data = recipe(8, **duration).to_dict()
+    data["data"]["stages"] = stages
+    return Recipe.model_validate(data)
+
+
+@given(st.integers(1, 4000))
+@settings(deadline=None)
+def test_tokens_of_a_run_in_stages_are_positions_of_its_rows(tokens: int) -> None:
+    lengths = [16] * 4 + [32] * 2 + [8] + [64] * 100
+    steps, seen = 0, 0
+    while seen < tokens:
+        seen += 8 * lengths[steps]
+        steps += 1
+    asked = staged(tokens=tokens)
+    assert total_steps(asked) == steps
+    assert positions(asked, steps) == seen
+    assert total_steps(staged(steps=steps)) == steps

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from token_stores import EOS, Dataset, documents, layout, make_dataset
+from token_stores import EOS, Dataset, documents, layout, make_dataset, pair
 
-from outgrow.contracts import StepRows
+from outgrow.contracts import Batch, StepRows
 from outgrow.errors import DataError, IntegrityError, RunError
+from outgrow.recipes.mix import Mix
 from outgrow.streaming.loader import build_loader, build_validation, check_state
+
+PREFERENCES = {"kind": "jsonl", "path": "choices", "shape": {"kind": "preference"}}
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     streams = {
         "books": (documents(1, 130, weighted=True), documents(2, 40, weighted=True)),
-        "code": (documents(3, 40), documents(4, 11)),
+        "code": (documents(3, 43), documents(4, 11)),
     }
     return make_dataset(tmp_path_factory.mktemp("loader"), streams)
 
@@ -79,8 +84,7 @@ def test_resuming_at_an_odd_step_on_other_ranks_gives_the_same_bits(dataset: Dat
                             continue
                         assert step.row_ids.index(row) % world == rank
                         other, at = whole[row]
-                        for field in ("token_ids", "targets", "weights", "segments", "positions"):
-                            assert torch.equal(getattr(batch, field)[i], getattr(other, field)[at])
+                        assert bits(batch, i) == bits(other, at)
 
 
 def test_the_global_weight_is_the_sum_over_all_ranks(dataset: Dataset) -> None:
@@ -125,13 +129,116 @@ def test_state_goes_on_from_its_step_and_refuses_other_rows(dataset: Dataset) ->
     job = dataset.job()
     loader = build_loader(job, layout(1), 0, start_step=0, stop_step=1)
     state = loader.state(40)
+    assert json.loads(json.dumps(state)) == state
     assert check_state(state, job) == 40
     assert state["epoch"] == 40 // -(-dataset.card.rows // 7)
     with pytest.raises(RunError, match=r"batch\.rows 7, this run has 8"):
         check_state(state, dataset.job(rows=8))
-    for key in ("seed", "index_fingerprint"):
-        with pytest.raises(RunError, match="the checkpoint was made with"):
-            check_state({**state, key: "other"}, job)
+    with pytest.raises(RunError, match=r"run\.seed 9, this run has 5"):
+        check_state({**state, "seed": 9}, job)
+    with pytest.raises(RunError, match=r"row index 0123456789abcdef, this run has \w{16}"):
+        check_state({**state, "index_fingerprint": "0123456789abcdef0123"}, job)
+    with pytest.raises(RunError, match=r"row index None, this run has"):
+        check_state({"step": 40}, job)
+    data = job.recipe["data"] | {"streams": [stream | {"epochs": 2} for stream in job.recipe["data"]["streams"]]}
+    with pytest.raises(RunError, match=r"a mix of streams \(epochs, share, stages\) \w{16}, this run has \w{16}"):
+        check_state(state, dataset.job(data=data))
+    with pytest.raises(RunError, match="a mix of streams"):
+        check_state(state, dataset.job(data=job.recipe["data"] | {"stages": [{"shares": {"books": 1}}]}, duration=DURATION))
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+STAGES = [
+    {"tokens": 8 * 7 * 32, "shares": {"books": 0.7, "code": 0.3}},
+    {"tokens": 6 * 7 * 64, "shares": {"books": 0.5, "code": 0.5}, "sequence_length": 64},
+    {"shares": {"code": 1}},
+]
+STAGED_STEPS = 20
+DURATION = {"steps": STAGED_STEPS}
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Rows of 32 tokens for 8 steps, of 64 for 6, and again of 32."""
+    streams = {"books": (documents(1, 130, weighted=True), documents(2, 9)), "code": (documents(3, 43), documents(4, 9))}
+    return make_dataset(tmp_path_factory.mktemp("staged"), streams, data={"stages": STAGES})
+
+
+@pytest.fixture(scope="module")
+def staged_straight(staged: Dataset) -> list[StepRows]:
+    return steps_of(staged, 1, 0, STAGED_STEPS, duration=DURATION)[0]
+
+
+def bits(batch: Batch, at: int) -> dict[str, bytes]:
+    """Every field of one row of a batch."""
+    return {field.name: getattr(batch, field.name)[at].numpy().tobytes() for field in fields(Batch)}
+
+
+def row_bits(ranks: list[list[StepRows]], step: int) -> list[dict[str, bytes]]:
+    """The rows of a step in order, from the ranks that were given them."""
+    own = [
+        [bits(b, at) for b in rank[step].micro_batches for at in range(len(b.row_ids)) if b.row_ids[at] >= 0] for rank in ranks
+    ]
+    return [own[place % len(ranks)][place // len(ranks)] for place in range(sum(map(len, own)))]
+
+
+def test_stages_change_the_length_of_rows_and_read_other_indexes(staged: Dataset, staged_straight: list[StepRows]) -> None:
+    assert [index.sequence_length for index in staged.card.indexes] == [32, 64]
+    lengths = [{batch.token_ids.shape[1] for batch in step.micro_batches} for step in staged_straight]
+    assert lengths == [{32}] * 8 + [{64}] * 6 + [{32}] * 6
+    assert all(step.epoch == 0 and len(step.row_ids) == 7 for step in staged_straight)
+    books = staged.card.indexes[0].streams[0].rows
+    assert all(row >= books for step in staged_straight[14:] for row in step.row_ids), "the last stage is code alone"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("start", [5, 8, 11, 15])
+def test_resuming_in_a_stage_on_other_ranks_gives_the_same_rows_bit_by_bit(
+    staged: Dataset, staged_straight: list[StepRows], world: int, start: int
+) -> None:
+    """From the middle of each stage, and from the first step of the second, which lays the rows of the first into others."""
+    ranks = steps_of(staged, world, start, STAGED_STEPS, duration=DURATION)
+    for at, expected in enumerate(staged_straight[start:]):
+        assert rows_of_step(ranks, at) == list(expected.row_ids)
+        assert row_bits(ranks, at) == row_bits([[expected]], 0)
+        assert {(r[at].step, r[at].global_weight, r[at].tokens) for r in ranks} == {
+            (start + at, expected.global_weight, expected.tokens)
+        }
+
+
+def test_validation_in_a_run_in_stages_reads_rows_of_the_datasets_own_length(staged: Dataset) -> None:
+    for _, step in build_validation(staged.job(duration=DURATION), layout(2), 0):
+        assert {batch.token_ids.shape[1] for batch in step.micro_batches} == {32}
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_preference_pairs_reach_the_batch_as_two_segments_with_their_number(tmp_path: Path) -> None:
+    pairs = [pair(seed, prompt=4, chosen=3 + seed % 5, rejected=6, source=f"p{seed}") for seed in range(9)]
+    streams = {"chats": (documents(3, 20, longest=30), []), "choices": (pairs, [])}
+    options = {"choices": {"split": "never", "source": PREFERENCES}}
+    dataset = make_dataset(tmp_path, streams, sequence_length=64, options=options)
+    steps = steps_of(dataset, 2, 0, Mix.of(dataset.recipe(), dataset.card).steps_per_epoch)
+    found = []
+    for batch in (batch for rank in steps for step in rank for batch in step.micro_batches):
+        assert batch.pairs.dtype == torch.int32
+        assert batch.pairs.shape == batch.token_ids.shape
+        for row in range(len(batch.row_ids)):
+            for number in range(int(batch.pairs[row].max()) // 2 + 1):
+                halves = [batch.pairs[row] == 2 * number + answer for answer in (0, 1)]
+                segments = [set(batch.segments[row][half].tolist()) for half in halves]
+                assert [len(s) for s in segments] == [1, 1] and segments[0] != segments[1]
+                for half in halves:
+                    assert batch.positions[row][half].tolist() == list(range(int(half.sum())))
+                    # The prompt is not learned, nor does either half's last token predict anything.
+                    learned = (batch.weights[row][half] > 0).tolist()
+                    assert learned == [False] * 3 + [True] * (len(learned) - 4) + [False]
+                found.append(batch.token_ids[row][halves[0] | halves[1]].tolist())
+            others = batch.pairs[row] < 0
+            assert not others.all() or int(batch.row_ids[row]) < dataset.card.indexes[0].streams[0].rows
+    assert sorted(found) == sorted(p.tokens.tolist() for p in pairs)
 
 
 def damaged(tmp_path: Path, **store: Any) -> tuple[Dataset, Path]:

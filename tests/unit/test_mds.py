@@ -12,17 +12,22 @@ import pytest
 from token_stores import documents
 
 from outgrow.errors import DataError, IntegrityError
-from outgrow.storage import tree_digests
+from outgrow.storage import file_digest
 from outgrow.streaming import _mosaic
 from outgrow.streaming.mds import MdsFolder
+from outgrow.streaming.shards import SHARDS, ShardTable, write_index
 
 
 def write(folder: Path, **choices: Any) -> list[Any]:
+    """A folder of ours; its documents' tokens."""
     docs = [tokens for tokens, _ in documents(7, 50)] + [np.arange(3000) % 900]
     options = {"vocab_size": 1000, "compression": "none", "shard_bytes": 2000, **choices}
     with _mosaic.DocumentWriter(folder, **options) as writer:
         for number, tokens in enumerate(docs):
-            writer.write(tokens, source=f"file#{number}", meta={"ünï": number}, spans=np.array([[0, 1]], np.int32))
+            meta = json.dumps({"ünï": number})
+            writer.write(tokens, source=f"file#{number}", meta=meta, spans=np.array([[0, 1], [1, 2]], np.int32))
+    write_index(folder, writer.shards)
+    ShardTable.of(writer.shards).save(folder)
     return docs
 
 
@@ -30,22 +35,76 @@ def write(folder: Path, **choices: Any) -> list[Any]:
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
 def test_what_is_written_is_read_back(tmp_path: Path, compression: str, vocab_size: int, dtype: type) -> None:
     docs = write(tmp_path / "mds", compression=compression, vocab_size=vocab_size)
-    folder = MdsFolder(tmp_path / "mds", tree_digests(tmp_path / "mds"), open_shards=2)
+    folder = MdsFolder(tmp_path / "mds", file_digest(tmp_path / "mds" / SHARDS), open_shards=2)
     assert len(folder) == len(docs)
     for number in [*range(len(docs)), 3, 0]:
         sample = {name: folder.column(number, name) for name in folder.encodings}
         assert sample["tokens"].dtype == dtype
         np.testing.assert_array_equal(sample["tokens"], docs[number])
         assert (sample["source"], json.loads(sample["meta"])) == (f"file#{number}", {"ünï": number})
-        assert (sample["weights"], np.frombuffer(sample["spans"], np.int32).tolist()) == (b"", [0, 1])
+        assert (sample["weights"], np.frombuffer(sample["spans"], np.int32).tolist()) == (b"", [0, 1, 1, 2])
 
 
 def test_a_document_larger_than_the_shard_limit_makes_no_empty_shard(tmp_path: Path) -> None:
     with _mosaic.DocumentWriter(tmp_path / "mds", vocab_size=9, compression="none", shard_bytes=1000) as writer:
         writer.write(np.ones(5000, np.int64), source="large")
         writer.write(np.ones(5, np.int64), source="small")
-    shards = json.loads((tmp_path / "mds/index.json").read_bytes())["shards"]
-    assert [shard["samples"] for shard in shards] == [1, 1]
+    assert [shard["samples"] for shard in writer.shards] == [1, 1]
+
+
+def test_our_folders_are_opened_without_their_json_and_every_byte_is_checked(tmp_path: Path) -> None:
+    write(tmp_path / "mds")
+    (tmp_path / "mds/index.json").unlink()
+    expected = file_digest(tmp_path / "mds" / SHARDS)
+    assert MdsFolder(tmp_path / "mds", expected).column(0, "source") == "file#0"
+    shard = tmp_path / "mds/shard.00001.mds"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1], b""):
+        shard.write_bytes(damaged)
+        folder = MdsFolder(tmp_path / "mds", expected)
+        with pytest.raises(IntegrityError, match=r"shard\.00001"):
+            [folder.column(sample, "tokens") for sample in range(len(folder))]
+    table = tmp_path / "mds" / SHARDS
+    table.write_bytes(table.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(IntegrityError, match=r"shards\.safetensors: the bytes differ"):
+        MdsFolder(tmp_path / "mds", expected)
+    table.unlink()
+    with pytest.raises(IntegrityError, match=r"shards\.safetensors: the file is missing"):
+        MdsFolder(tmp_path / "mds", expected)
+
+
+def test_a_shard_that_was_checked_is_checked_again_when_it_is_another_file(tmp_path: Path) -> None:
+    write(tmp_path / "mds")
+    folder = MdsFolder(tmp_path / "mds", file_digest(tmp_path / "mds" / SHARDS), open_shards=1)
+    folder.column(0, "tokens")
+    shard = tmp_path / "mds/shard.00000.mds"
+    whole = shard.read_bytes()
+    folder.column(len(folder) - 1, "tokens")  # the first shard is unmapped
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(IntegrityError, match=r"shard\.00000"):
+        folder.column(0, "tokens")
+
+
+def test_a_plain_shard_beside_our_compressed_one_is_never_read(tmp_path: Path) -> None:
+    docs = write(tmp_path / "mds", compression="zstd")
+    (tmp_path / "mds/shard.00000.mds").write_bytes(b"planted")
+    folder = MdsFolder(tmp_path / "mds", file_digest(tmp_path / "mds" / SHARDS))
+    np.testing.assert_array_equal(folder.column(0, "tokens"), docs[0])
+
+
+def test_a_sample_is_found_among_a_million_shards(tmp_path: Path) -> None:
+    table = ShardTable(
+        samples=np.tile(np.array([1, 3], np.int32), 500_000),
+        raw_bytes=np.full(1_000_000, 2**26, np.int64),
+        zip_bytes=np.zeros(1_000_000, np.int64),
+        digest=np.zeros((1_000_000, 32), np.uint8),
+    )
+    table.save(tmp_path)
+    folder = MdsFolder(tmp_path, file_digest(tmp_path / SHARDS))
+    assert len(folder) == 2_000_000
+    for sample, shard in [(0, 0), (1, 1), (3, 1), (4, 2), (1_999_999, 999_999)]:
+        with pytest.raises(IntegrityError, match=rf"shard\.{shard:05}\.mds: the shard is missing"):
+            folder.column(sample, "tokens")
 
 
 @pytest.mark.filterwarnings(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets_of_cards import card, index_card
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM
 
-from outgrow.contracts import DatasetCard
 from outgrow.errors import ModelError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
@@ -28,22 +29,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-CARD = DatasetCard(
-    store="s",
-    index="i",
-    store_fingerprint="",
-    index_fingerprint="",
-    tokenizer_fingerprint="",
-    vocab_size=300,
-    eos_token_id=7,
-    sequence_length=16,
-    tokens=1,
-    rows=1,
-    fill=1.0,
-    validation_rows=0,
-    bytes=1,
-    streams=(),
-)
+CARD = dataclasses.replace(card(index_card(16, {"text": (1, 1)})), vocab_size=300, eos_token_id=7)
 
 
 def recipe(model: dict[str, Any], *, sequence_length: int = 16, tokenizer: dict[str, Any] | None = None) -> Recipe:
@@ -80,10 +66,15 @@ def test_vocabulary_and_end_of_text_come_from_the_dataset() -> None:
 
 def test_before_the_data_are_built_the_vocabulary_is_the_one_asked_for(tmp_path: Path) -> None:
     assert config_for(recipe(llama()), Site()).vocab_size == 280
-    tokens = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 5, "content": "<end>"}]}
+    tokens = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 5, "content": "<END>"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
     folder = {"kind": "folder", "path": "words"}
-    assert config_for(recipe(llama(), tokenizer=folder), Site(sources={"words": str(tmp_path)})).vocab_size == 6
+    site = Site(sources={"words": str(tmp_path)})
+    assert config_for(recipe(llama(), tokenizer=folder), site).vocab_size == 6
+    for tag, size in (("<YAML>", 7), ("<END>", 6)):
+        data = recipe(llama(), tokenizer=folder).to_dict()
+        data["data"]["streams"][0]["tag"] = tag
+        assert config_for(Recipe.model_validate(data), site).vocab_size == size
 
 
 @pytest.mark.parametrize(
@@ -129,6 +120,15 @@ def test_rows_longer_than_the_models_positions_are_refused() -> None:
         config_for(recipe(llama(), sequence_length=65), Site(), CARD)
 
 
+def test_a_stage_with_rows_longer_than_the_models_positions_is_refused() -> None:
+    data = recipe(llama()).to_dict()
+    data["data"]["stages"] = [{"tokens": 9, "shares": {"text": 1}}, {"shares": {"text": 1}, "sequence_length": 65}]
+    with pytest.raises(ModelError) as caught:
+        config_for(Recipe.model_validate(data), Site(), CARD)
+    assert caught.value.message == "data.stages[1].sequence_length is 65, but the model has 64 positions"
+    assert caught.value.hint == "lower data.stages[1].sequence_length to 64, or raise max_position_embeddings"
+
+
 class TestFolder:
     """A model that goes on from weights."""
 
@@ -144,8 +144,8 @@ class TestFolder:
         path.write_text(json.dumps({**json.loads(path.read_bytes()), **keys}))
 
     def test_the_configuration_is_the_folders(self, site: Site) -> None:
-        card = DatasetCard.from_dict({**CARD.to_dict(), "vocab_size": 90, "eos_token_id": 0})
-        config = config_for(recipe(self.model), site, card)
+        dataset = dataclasses.replace(CARD, vocab_size=90, eos_token_id=0)
+        config = config_for(recipe(self.model), site, dataset)
         assert (config.model_type, config.vocab_size, config.num_hidden_layers) == ("qwen3", 96, 3)
         assert config.layer_types == tiny_config("qwen3").layer_types
 
@@ -153,15 +153,26 @@ class TestFolder:
         with pytest.raises(ModelError, match="tokenizer has 300 tokens, the model 96: the tokenizer is not the model's"):
             config_for(recipe(self.model), site, CARD)
 
+    def test_tokens_that_the_recipe_adds_make_the_vocabulary_larger(self, site: Site) -> None:
+        data = recipe(self.model).to_dict()
+        data["data"]["streams"][0]["tag"] = "<YAML>"
+        tagged = Recipe.model_validate(data)
+        dataset = dataclasses.replace(CARD, vocab_size=97, eos_token_id=0)
+        assert config_for(tagged, site, dataset).vocab_size == 97
+        with pytest.raises(ModelError, match="tokenizer has 98 tokens, the model 96: the tokenizer is not the model's"):
+            config_for(tagged, site, dataclasses.replace(dataset, vocab_size=98))
+        data["data"]["streams"][0]["chat"]["template"] = {"kind": "named", "name": "chatml"}
+        assert config_for(Recipe.model_validate(data), site, dataclasses.replace(dataset, vocab_size=99)).vocab_size == 99
+
     def test_another_end_of_text_is_not_the_models(self, site: Site) -> None:
-        card = DatasetCard.from_dict({**CARD.to_dict(), "vocab_size": 96})
+        dataset = dataclasses.replace(CARD, vocab_size=96)
         with pytest.raises(ModelError, match="end with token 7, those of the model with 0"):
-            config_for(recipe(self.model), site, card)
+            config_for(recipe(self.model), site, dataset)
 
     def test_values_that_cannot_be_honoured_name_the_file(self, site: Site) -> None:
         self.edit(site, attention_dropout=0.5, quantization_config={"quant_method": "gptq"})
         with pytest.raises(ModelError, match=r"config\.json: attention_dropout is 0\.5(.|\n)*quantised weights"):
-            config_for(recipe(self.model), site, DatasetCard.from_dict({**CARD.to_dict(), "vocab_size": 96, "eos_token_id": 0}))
+            config_for(recipe(self.model), site, dataclasses.replace(CARD, vocab_size=96, eos_token_id=0))
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -228,8 +239,8 @@ def test_facts_count_a_large_model_without_allocating_it() -> None:
             "num_key_value_heads": 8,
         },
     }
-    card = DatasetCard.from_dict({**CARD.to_dict(), "vocab_size": 128256})
-    found = facts(recipe(model), Site(), card)
+    dataset = dataclasses.replace(CARD, vocab_size=128256)
+    found = facts(recipe(model), Site(), dataset)
     assert found.parameters == 70_553_706_496  # Llama 3 70B
     assert (found.family, found.blocks, found.hidden_size, found.vocab_size) == ("llama", 80, 8192, 128256)
     assert (found.largest_tensor, found.max_positions, found.tied_embeddings) == (128256 * 8192, 2048, False)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from tiny_models import FAMILIES
 
+from outgrow.streaming.packing import PackedRows, pack
+from outgrow.streaming.row_windows import Span
 from outgrow.trainers.models.families import attention_implementation
 from outgrow.trainers.models.masks import attention_inputs, visible
 from outgrow.trainers.models.probes import lively
@@ -65,6 +71,59 @@ def test_changing_one_document_leaves_the_next_bit_equal(family: str) -> None:
     before, after = model(input_ids=ids, **inputs).logits, model(input_ids=changed, **inputs).logits
     assert not torch.equal(before[0, :9], after[0, :9])
     torch.testing.assert_close(after[0, 9:21], before[0, 9:21], rtol=0, atol=0.0 if exact else 1e-12)
+
+
+@dataclass(frozen=True)
+class PairStream:
+    """One row of two preference pairs, of 11 and 9 tokens, and padding."""
+
+    sequence_length: int = 24
+    pairs: bool = True
+
+    def spans(self, row: int) -> list[Span]:
+        return [Span(0, 0, 11), Span(1, 0, 9)]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Its documents: the answers are tokens 0 to 6 and 6 to 11 of the first, 0 to 4 and 4 to 9 of the second."""
+
+    ids: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+    def tokens(self, document: int) -> npt.NDArray[np.int64]:
+        return self.ids[document]
+
+    def weights(self, document: int) -> None:
+        return None
+
+    def spans(self, document: int) -> npt.NDArray[np.int32]:
+        return np.array([[[0, 6], [6, 11]], [[0, 4], [4, 9]]][document], np.int32)
+
+
+def packed_pairs(ids: torch.Tensor) -> PackedRows:
+    """The row as the loader packs it, its 20 tokens those of ``ids``."""
+    source = Pairs((ids[0, :11].numpy(), ids[0, 11:20].numpy()))
+    return pack([0], [PairStream()], np.array([0, 1]), [source], fill_token=0)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("half", range(4))
+def test_the_halves_of_a_pair_do_not_see_each_other(family: str, half: int) -> None:
+    """Chosen and rejected of two pairs in one row: whichever changes, the scores of the other three are bit-equal."""
+    config = tiny_config(family)
+    ids, others = token_ids(), token_ids(seed=1)
+    rows = packed_pairs(ids)
+    mine = torch.from_numpy(rows.pairs[0] == half)
+    assert [int((rows.pairs == number).sum()) for number in range(4)] == [6, 5, 4, 5]
+    changed_ids = torch.where(mine[:20], others[:1, :20], ids[:1, :20])
+    changed = packed_pairs(changed_ids)
+    inputs = attention_inputs(config, torch.from_numpy(rows.segments), torch.from_numpy(rows.positions))
+    exact = family != "mixtral"  # see above
+    model = lively(config, "fp32" if exact else "fp64")
+    with torch.no_grad():
+        before, after = (model(input_ids=torch.from_numpy(own.token_ids), **inputs).logits[0] for own in (rows, changed))
+    assert not torch.equal(before[mine], after[mine])
+    torch.testing.assert_close(after[~mine], before[~mine], rtol=0, atol=0.0 if exact else 1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ from tiny_models import FAMILIES
 from outgrow.errors import IntegrityError, ModelError
 from outgrow.storage import tree_digests
 from outgrow.trainers.models.build import meta_model
+from outgrow.trainers.models.grown import GrownWeights
 from outgrow.trainers.models.probes import filled, lively
 from outgrow.trainers.models.tiny import tiny_config
 from outgrow.trainers.models.weights import FolderWeights, row_parts
@@ -157,3 +158,54 @@ def test_row_parts_cover_a_tensor_once_and_in_order(shape: tuple[int, ...]) -> N
     parts = [whole[part.slices].reshape(-1) for part in row_parts(shape, elements=6)]
     assert torch.equal(torch.cat(parts), whole.reshape(-1))
     assert all(part.numel() <= max(6, Region((), shape[1:]).numel) for part in parts)
+
+
+# --- a larger vocabulary ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_new_tokens_begin_as_the_mean_of_those_that_are_there(family: str, tmp_path: Path) -> None:
+    """Embedding and head, tied in one of the families; whatever box of them a rank asks for."""
+    lively(tiny_config(family)).save_pretrained(tmp_path)
+    config = tiny_config(family)
+    old, config.vocab_size = config.vocab_size, config.vocab_size + 3
+    model = meta_model(config, "fp32")
+    source = GrownWeights(tmp_path, model)
+    source.check(model)
+    folder = FolderWeights(tmp_path)
+    grown = filled(config, source)
+    for name, parameter in grown.named_parameters():
+        given = folder.read(name, Region((0,) * parameter.dim(), folder.shape(name)))
+        if parameter.shape == given.shape:
+            assert torch.equal(parameter, given), name
+            continue
+        assert name in ("model.embed_tokens.weight", "lm_head.weight")
+        expected = torch.cat([given, given.double().mean(dim=0).float().expand(3, -1)])
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+        for first, rows in ((0, old), (old - 1, 2), (old, 1), (old + 1, 2), (5, old - 2)):
+            part = source.read(name, Region((first, 3), (rows, 7)))
+            assert torch.equal(part, parameter[first : first + rows, 3:10])
+    with pytest.raises(ModelError, match=r"misshapen: model\.embed_tokens\.weight"):
+        folder.check(model)
+
+
+def test_known_tokens_score_as_before_when_the_vocabulary_grows(llama: Path) -> None:
+    config = tiny_config("llama")
+    before = filled(config, FolderWeights(llama))
+    config.vocab_size += 2
+    after = filled(config, GrownWeights(llama, meta_model(config, "fp32")))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        old, new = before(input_ids=ids).logits, after(input_ids=ids).logits
+    torch.testing.assert_close(new[..., :-2], old, rtol=0, atol=1e-5)
+    torch.testing.assert_close(new[..., -1], old.mean(dim=-1), rtol=0, atol=1e-3)
+
+
+def test_a_vocabulary_that_did_not_grow_is_the_folders(llama: Path) -> None:
+    model = meta_model(tiny_config("llama"), "fp32")
+    source, folder = GrownWeights(llama, model), FolderWeights(llama)
+    source.check(model)
+    for name in folder.names():
+        whole = Region((0,) * len(folder.shape(name)), folder.shape(name))
+        assert source.shape(name) == folder.shape(name)
+        assert torch.equal(source.read(name, whole), folder.read(name, whole))

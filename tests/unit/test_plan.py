@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from datasets_of_cards import card, index_card
 
 from outgrow.cluster.plan import Ranks, make_plan, refuse, render, resolve_ranks, size
 from outgrow.contracts import DatasetCard, Gpu, Inventory, ModelFacts, Plan
@@ -17,11 +19,7 @@ FACTS = ModelFacts(
     family="llama", parameters=5_000_000, largest_tensor=1_000_000, blocks=6, hidden_size=256, vocab_size=4096,
     max_positions=512, tied_embeddings=True,
 )  # fmt: skip
-CARD = DatasetCard(
-    store="datasets/x", index="datasets/x/rows", store_fingerprint="s", index_fingerprint="i", tokenizer_fingerprint="t",
-    vocab_size=4096, eos_token_id=0, sequence_length=128, tokens=120_000, rows=1001, fill=0.94, validation_rows=10, bytes=1,
-    streams=(),
-)  # fmt: skip
+CARD = card(index_card(128, {"a": (1001, 120_000)}))
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -51,12 +49,12 @@ def plan(
     asked: Recipe | None = None,
     site: Site | None = None,
     inventory: Inventory | None = None,
-    card: DatasetCard | None = CARD,
+    dataset: DatasetCard | None = CARD,
     free_bytes: int | None = 100 * GB,
     cluster: str | None = None,
 ) -> Plan:
     return make_plan(
-        asked or recipe(), site or Site(), inventory or machine(), card, FACTS,
+        asked or recipe(), site or Site(), inventory or machine(), dataset, FACTS,
         free_bytes=free_bytes, environment={"RAY_AUTH_MODE": "token"}, cluster=cluster,
     )  # fmt: skip
 
@@ -91,14 +89,104 @@ def test_a_plan_adds_up() -> None:
     refuse(made)
 
 
+def mixed(**data: Any) -> Recipe:
+    """Three streams, with these keys of the section of data."""
+    streams = [{"name": name, "source": {"kind": "text", "path": name}} for name in ("books", "general", "web")]
+    tokenizer = {"kind": "train", "vocab_size": 4096}
+    return recipe(data={"sequence_length": 128, "tokenizer": tokenizer, "streams": streams} | data)
+
+
+MIXED_CARD = card(
+    index_card(128, {"books": (1000, 128_000), "general": (300, 30_000), "web": (50, 6_400)}),
+    index_card(256, {"books": (500, 128_000), "general": (150, 30_000), "web": (25, 6_400)}),
+)
+
+
+def test_streams_that_are_read_too_often_are_named() -> None:
+    streams = [
+        {"name": "books", "source": {"kind": "text", "path": "b"}},
+        {"name": "general", "source": {"kind": "text", "path": "g"}, "share": 0.25},
+        {"name": "web", "source": {"kind": "text", "path": "w"}, "epochs": 5},
+    ]
+    made = plan(mixed(streams=streams), dataset=MIXED_CARD)
+    web, fixed = 5 * 6_400, 128_000 + 5 * 6_400
+    general = round(fixed / 3 / 100)  # rows of 100 tokens
+    assert made.steps_per_epoch == -(-(1000 + 250 + general) // 32)
+    epochs = 100 / made.steps_per_epoch
+    assert made.tokens == pytest.approx(epochs * (fixed * 4 / 3), rel=0.01)
+    assert web == 32_000
+    assert made.notes[1:] == (
+        f"passes over each stream: books {epochs:.1f}, general {epochs * general / 300:.1f}, web {5 * epochs:.1f}",
+        "web: read more than 4 times; beyond that repeated text tends to teach little (Muennighoff et al. 2023)",
+    )
+
+
+STAGES = [
+    {"tokens": 40 * 32 * 128, "shares": {"books": 0.5, "general": 0.5}},
+    {"tokens": 20 * 32 * 256, "shares": {"books": 0.75, "web": 0.25}, "sequence_length": 256},
+    {"shares": {"books": 1.0, "web": 0}},
+]
+
+
+def test_stages_are_listed_and_add_up() -> None:
+    made = plan(mixed(stages=STAGES), dataset=MIXED_CARD)
+    assert (made.steps, made.steps_per_epoch, made.refusals) == (100, 0, ())
+    # Rows are full but for those of general, of which there are more for the same share.
+    rows = 40 * 32
+    general = rows * 1.28 / 2.28
+    first = (rows - general) * 128 + general * 100
+    second = 20 * 32 * 256
+    assert made.tokens == pytest.approx(first + second + 40 * 32 * 128, rel=1e-3)
+    books = (rows - general) / 1000 + 0.75 * 640 / 500 + 1.28
+    assert made.notes[1:] == (
+        "stage 1 from step 1, 40 steps, rows of 128: books 50.0%, general 50.0%",
+        "stage 2 from step 41, 20 steps, rows of 256: books 75.0%, web 25.0%",
+        "stage 3 from step 61, to the end, rows of 128: books 100.0%",
+        f"passes over each stream: books {books:.1f}, general {general / 300:.1f}, web {0.25 * 640 / 25:.1f}",
+        "web: read more than 4 times; beyond that repeated text tends to teach little (Muennighoff et al. 2023)",
+    )
+    assert "epochs" not in render(made)
+
+
+def test_stages_are_known_before_the_data_are_built_and_one_that_never_begins_is_said() -> None:
+    length = {"tokens": 45 * 32 * 128}
+    asked = Recipe.model_validate(mixed(stages=STAGES).to_dict() | {"duration": length})
+    made = plan(asked, dataset=None)
+    assert (made.steps, made.tokens) == (40 + 3, 40 * 32 * 128 + 3 * 32 * 256)
+    assert made.notes[-1] == "the run ends before stage 3 begins; raise duration, or shorten the stages before"
+    assert not any("passes" in note for note in made.notes)
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    empty = card(index_card(128, {"books": (10, 1280), "general": (0, 0), "web": (5, 640)}))
+    streams = [{"name": name, "source": {"kind": "text", "path": name}} for name in ("books", "general", "web")]
+    streams[1]["share"] = 0.5  # type: ignore[assignment]
+    refused = plan(mixed(streams=streams), dataset=empty)
+    assert [refusal.asked for refusal in refused.refusals] == [
+        "stream 'general' of data.streams has share: 0.5, but the stream has no row to train on"
+    ]
+
+
+def test_rejected_answers_are_not_learned_as_if_they_were_good() -> None:
+    books = {"name": "books", "source": {"kind": "text", "path": "books"}}
+    pairs = {"name": "pairs", "source": {"kind": "jsonl", "path": "pairs", "shape": {"kind": "preference"}}, "split": "never"}
+    own = {"name": "own", "source": {"kind": "custom", "factory": "my.pairs:read"}, "split": "never"}
+    cards = card(index_card(128, {"books": (10, 1280), "own": (10, 1280)}))
+    of_own = replace(cards.indexes[0], streams=(cards.streams[0], replace(cards.streams[1], pairs=True)))
+    for streams, dataset, name in (([books, pairs], None, "pairs"), ([books, own], replace(cards, indexes=(of_own,)), "own")):
+        refused = plan(mixed(streams=streams), dataset=dataset)
+        assert [r.asked for r in refused.refusals] == [f"objective.kind next_token on the preference pairs of {name}"]
+    assert not plan(mixed(streams=[books, own]), dataset=cards).refusals
+
+
 def test_float64_takes_twice_the_disk() -> None:
     assert plan(recipe(precision="fp64")).checkpoint_bytes == 5_000_000 * 24 + 2**20
 
 
 def test_before_the_data_are_built_steps_are_known_unless_they_are_epochs() -> None:
-    unbuilt = plan(card=None)
+    unbuilt = plan(dataset=None)
     assert (unbuilt.steps, unbuilt.tokens, unbuilt.steps_per_epoch) == (100, 100 * 32 * 128, 0)
-    epochs = plan(recipe(duration={"epochs": 2}), card=None)
+    epochs = plan(recipe(duration={"epochs": 2}), dataset=None)
     assert (epochs.steps, epochs.refusals) == (0, ())
     assert "known when the dataset is built" in render(epochs)
 
@@ -142,7 +230,7 @@ def test_refused_with_what_there_is_and_the_nearest(given: dict[str, Any], sente
 
 
 def test_all_refusals_come_at_once() -> None:
-    refused = plan(recipe(batch={"rows": 2}), Site(workers=9, device="cuda"), machine(8, gpus=1), free_bytes=0, card=CARD)
+    refused = plan(recipe(batch={"rows": 2}), Site(workers=9, device="cuda"), machine(8, gpus=1), free_bytes=0, dataset=CARD)
     assert len(refused.refusals) == 4
     assert refused.layout is None
 
@@ -167,6 +255,7 @@ def test_rendered_for_people() -> None:
         "sets    OMP_NUM_THREADS=4\n"
         "sets    RAY_AUTH_MODE=token\n"
         "note    llama: 5,000,000 parameters in 6 blocks\n"
+        "note    passes over each stream: a 3.1\n"
         "\n"
         "this run can start"
     )

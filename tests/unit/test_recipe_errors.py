@@ -88,7 +88,9 @@ RECIPE_MISTAKES = [
     (
         "kind: text",
         "kind: txt",
-        "FILE:17: data.streams[0].source.kind: given 'txt'; allowed: text | jsonl | mds | custom; did you mean text?",
+        "FILE:17: data.streams[0].source.kind: given 'txt'; "
+        "allowed: text | markdown | jsonl | json | parquet | epub | fb2 | docx | pdf | transcript | yaml | mds | custom; "
+        "did you mean text?",
     ),
     (
         "path: corpus",
@@ -109,8 +111,8 @@ RECIPE_MISTAKES = [
     ),
     (
         "path: corpus",
-        "path: corpus\n        text_field: t",
-        "FILE:19: data.streams[0].source.text_field: unknown key for this kind; it belongs to kind: jsonl",
+        "path: corpus\n        records: a",
+        "FILE:19: data.streams[0].source.records: unknown key for this kind; it belongs to kind: json | yaml",
     ),
     (
         "path: corpus",
@@ -170,8 +172,8 @@ RECIPE_MISTAKES = [
     ),
     (
         "optimizer:",
-        "parallel: fsdp2\noptimizer:",
-        "FILE:23: parallel: given 'fsdp2'; allowed: a section with kind: auto | fsdp2",
+        "parallel: fsdp\noptimizer:",
+        "FILE:23: parallel.kind: given 'fsdp'; allowed: auto | fsdp2; did you mean fsdp2?",
     ),
     (
         "optimizer:",
@@ -182,6 +184,69 @@ RECIPE_MISTAKES = [
         "optimizer:",
         "schedule: {kind: custom, factory: mine}\noptimizer:",
         "FILE:23: schedule.factory: given 'mine'; allowed: package.module:function",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      clean: [nfc, hyphenaton]\n",
+        "FILE:19: data.streams[0].clean[1].kind: given 'hyphenaton'; allowed: nfc | control_characters | hyphenation | "
+        "line_joins | filler_words | time_codes | look_alikes | custom; did you mean hyphenation?",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      tag: book\n",
+        "FILE:19: data.streams[0].tag: given 'book'; allowed: a token that begins every document, such as <YAML>",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      epochs: 2\n      share: 0.5\n",
+        "FILE:20: data.streams[0].share: given beside epochs; allowed: one of epochs and share",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      share: 0.5\n",
+        "FILE:19: data.streams[0].share: all streams have a share, and they add up to 0.5; allowed: 1",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      too_long: drop\n",
+        "FILE:19: data.streams[0].too_long: drop is for split: never; documents are split already",
+    ),
+    (
+        "kind: text\n        path: corpus\n",
+        "kind: jsonl\n        shape: preference\n        path: corpus\n      split: never\n      too_long: split\n",
+        "FILE:21: data.streams[0].too_long: a preference pair cannot be split; allowed: stop, drop",
+    ),
+    (
+        "kind: text\n        path: corpus\n",
+        "kind: jsonl\n        shape: preference\n        path: corpus\n",
+        "FILE:15: data.streams[0].split: a preference pair stays in one row; set split: never",
+    ),
+    (
+        "kind: text\n        path: corpus\n",
+        "kind: mds\n        path: corpus\n      tag: <X>\n",
+        "FILE:19: data.streams[0].tag: a source of token ids holds no text to work on; remove it",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n      filter: {min_chars: 9, max_chars: 3}\n",
+        "FILE:19: data.streams[0].filter.max_chars: 3 is less than min_chars (9); raise it, or set 0 for no limit",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n  stages:\n    - {shares: {code: 0.5}}\n",
+        "FILE:20: data.stages[0].shares: they add up to 0.5; allowed: 1",
+    ),
+    (
+        "        path: corpus\n",
+        "        path: corpus\n  stages:\n    - {shares: {cod: 1}}\n    - {shares: {code: 1}, tokens: 5}\n",
+        "FILE:20: data.stages[0].tokens: every stage but the last needs it\n"
+        "FILE:20: data.stages[0].shares.cod: there is no stream 'cod'; streams: code\n"
+        "FILE:21: data.stages[1].tokens: the last stage lasts to the end of the run; remove it",
+    ),
+    (
+        "        path: corpus\nbatch:\n  rows: 8\nduration:\n  steps: 5\n",
+        "        path: corpus\n  stages:\n    - {shares: {code: 1}}\nbatch:\n  rows: 8\nduration:\n  epochs: 5\n",
+        "FILE:24: duration.epochs: a run in stages has no epochs; give duration.tokens or duration.steps",
     ),
     ("optimizer:", "warmup_steps: 3\noptimizer:", "FILE:23: warmup_steps: unknown key; did you mean schedule.warmup_steps?"),
     (
@@ -229,7 +294,7 @@ OVERRIDE_MISTAKES = [
     (
         "data.streams.0.source.kind=hf",
         "override 'data.streams.0.source.kind=hf': data.streams[0].source.kind: given 'hf'; "
-        "allowed: text | jsonl | mds | custom",
+        "allowed: text | markdown | jsonl | json | parquet | epub | fb2 | docx | pdf | transcript | yaml | mds | custom",
     ),
     ("duration.epochs=2", "FILE:21: duration: given steps and epochs; allowed: exactly one of steps, tokens, epochs"),
     (

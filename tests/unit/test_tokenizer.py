@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from slow_render import KINDS, make_tokenizer
 from text_recipes import text
 
 from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError
-from outgrow.streaming.tokenizer import TextTokenizer, check_tokenizer, copy_tokenizer, pieces, train
+from outgrow.streaming import stretches
+from outgrow.streaming.stretches import Stretch, pieces
+from outgrow.streaming.tokenizer import TextTokenizer, check_tokenizer, copy_tokenizer, train
 
 TEXTS = [text(seed, 300) for seed in range(20)] + ["Привет, мир! 你好，世界。\r\n\r\n\tx  y   z\n\n\n it's 12345 \n"]
 
@@ -101,8 +104,9 @@ def test_a_tokenizer_folder_that_cannot_be_used_is_refused(folder: Path, tmp_pat
         TextTokenizer(tmp_path / "empty")
     with pytest.raises(DataError, match="cannot be read"):
         TextTokenizer(change(folder, tmp_path / "broken", "tokenizer.json", model={"type": "BPE"}))
+    foreign = change(folder, tmp_path / "foreign", "special_tokens_map.json", eos_token="</s>")  # which transformers heeds more
     with pytest.raises(DataError, match="'</s>' is not in the vocabulary"):
-        TextTokenizer(change(folder, tmp_path / "foreign", "tokenizer_config.json", eos_token="</s>"))
+        TextTokenizer(foreign)
     silent = change(folder, tmp_path / "silent", "tokenizer_config.json", eos_token=None)
     (silent / "special_tokens_map.json").unlink()
     with pytest.raises(DataError, match="does not say which token ends"):
@@ -141,19 +145,12 @@ def test_a_tokenizer_that_does_not_match_the_dataset_is_refused_with_both_finger
     other = train(TEXTS[:10], 350, tmp_path / "other")
     card = DatasetCard(
         store="datasets/a",
-        index="datasets/a/rows-b",
         store_fingerprint="a",
-        index_fingerprint="b",
         tokenizer_fingerprint=fitting.fingerprint,
         vocab_size=400,
         eos_token_id=0,
-        sequence_length=8,
-        tokens=1,
-        rows=1,
-        fill=1.0,
-        validation_rows=0,
         bytes=1,
-        streams=(),
+        indexes=(),
     )
     check_tokenizer(card, folder)
     with pytest.raises(DataError) as caught:
@@ -161,3 +158,93 @@ def test_a_tokenizer_that_does_not_match_the_dataset_is_refused_with_both_finger
     assert fitting.fingerprint[:16] in str(caught.value) and other.fingerprint[:16] in str(caught.value)
     with pytest.raises(DataError, match="end of text 5"):
         check_tokenizer(dataclasses.replace(card, eos_token_id=5), folder)
+
+
+# --- as transformers reads a folder -----------------------------------------------------------------------------------
+
+
+def test_named_tokens_are_those_of_transformers(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    given = change(
+        folder, tmp_path / "a", "tokenizer_config.json", bos_token="<|endoftext|>", pad_token=None, eos_token="alpha"
+    )
+    given = change(given, tmp_path / "b", "special_tokens_map.json", unk_token={"content": "<|endoftext|>", "lstrip": False})
+    named = TextTokenizer(given).named_tokens
+    theirs = AutoTokenizer.from_pretrained(given).special_tokens_map
+    assert {name: token for name, token in named.items() if token} == theirs
+    assert named["eos_token"] == "<|endoftext|>"  # the map goes before the config
+    decoder = {"0": {"content": "<|endoftext|>", "special": True}}
+    given = change(given, tmp_path / "c", "tokenizer_config.json", added_tokens_decoder=decoder, eos_token="<|endoftext|>")
+    assert "unk_token" not in TextTokenizer(given).named_tokens  # but for a config that lists its tokens
+
+
+def test_a_space_before_the_text_is_added_where_transformers_adds_it(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    form = json.loads((folder / "tokenizer.json").read_text())
+    fingerprints = set()
+    for config in (False, True):
+        given = change(folder, tmp_path / str(config), "tokenizer_config.json", add_prefix_space=config)
+        form["pre_tokenizer"]["add_prefix_space"] = not config
+        (given / "tokenizer.json").write_text(json.dumps(form))
+        ours = TextTokenizer(given)
+        fingerprints.add(ours.fingerprint)
+        assert AutoTokenizer.from_pretrained(given)("alpha")["input_ids"] == ours.encode(["alpha"])[0].tolist()[:-1]
+        assert ours.decode(ours.encode(["alpha"])[0][:-1]) == ("alpha", " alpha")[config]
+    assert len(fingerprints) == 2
+
+
+def test_a_named_token_of_the_vocabulary_is_special(folder: Path, tmp_path: Path) -> None:
+    given = change(folder, tmp_path / "a", "special_tokens_map.json", pad_token="alpha", sep_token="not there")
+    tokenizer = TextTokenizer(given)
+    assert {token.content for token in tokenizer.added_tokens.values() if token.special} == {"<|endoftext|>", "alpha"}
+    assert tokenizer.vocab_size == 400
+    (made,) = tokenizer.encode(["an alpha of alphas"])
+    assert tokenizer.token_id("alpha") not in made and tokenizer.decode(made[:-1]) == "an alpha of alphas"
+
+
+# --- stretches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextTokenizer]:
+    root = tmp_path_factory.mktemp("kinds")
+    return {kind: TextTokenizer(make_tokenizer(kind, root / kind)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_of_a_text_go_on_without_a_space_of_their_own(
+    kinds: dict[str, TextTokenizer], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow twin is the whole text at once."""
+    whole_text, tag = "\n".join(TEXTS[:3]), 5
+    for after_token in (False, True):
+        whole = kinds[kind].encode_stretches([Stretch(whole_text, after_token)])[0].token_ids
+        with monkeypatch.context() as context:
+            context.setattr(stretches, "PIECE_CHARS", 300)
+            made = kinds[kind].encode_stretches([Stretch(whole_text, after_token)])[0].token_ids
+            assert kinds[kind].encode([whole_text], tag=tag if after_token else None)[0].tolist() == [
+                *([tag] if after_token else []),
+                *made,
+                kinds[kind].eos_token_id,
+            ]
+        assert made == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marks_are_where_their_tokens_begin(
+    kinds: dict[str, TextTokenizer], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow twin reads the offsets of all tokens."""
+    monkeypatch.setattr(stretches, "PIECE_CHARS", 100)
+    tokenizer = kinds[kind]
+    for written in (TEXTS[0][:150], " Привет, мир! 你好 </s> x", "", "a"):
+        marks = tuple(range(len(written) + 1))
+        (made,) = tokenizer.encode_stretches([Stretch(written, marks=marks)])
+        assert made.marks == sorted(made.marks) and made.marks[0] == 0 and made.marks[-1] == len(made.token_ids)
+        assert made.token_ids == tokenizer.encode_stretches([Stretch(written)])[0].token_ids
+        if len(written) <= 100 and "</s>" not in written:
+            offsets = tokenizer._tokenizer.encode(written, add_special_tokens=False).offsets
+            starts = [next((n for n, (start, _) in enumerate(offsets) if start >= mark), len(offsets)) for mark in marks]
+            assert made.marks == [0, *starts[1:]]

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from outgrow.contracts import ModelFacts
 from outgrow.errors import ModelError
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.data import FolderTokenizer, Tokenizer
+from outgrow.recipes.schema.data import Data, FolderTokenizer
 from outgrow.recipes.schema.model import ArchitectureModel, FolderModel
 from outgrow.recipes.schema.site import Site
 from outgrow.recipes.schema.training import Precision
@@ -32,6 +32,7 @@ from outgrow.storage import verify_tree
 from outgrow.trainers.models.checked import require_checked
 from outgrow.trainers.models.experts import give_every_expert_a_gradient
 from outgrow.trainers.models.families import attention_implementation, blocks, check_values
+from outgrow.trainers.models.grown import most_added_tokens
 from outgrow.trainers.models.weights import read_manifest
 
 __all__ = ["blocks", "config_for", "facts", "meta_model"]
@@ -82,24 +83,31 @@ def config_for(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> Pr
     Raises ``ModelError``: unknown family or key, a value that cannot work, sequences longer than the model's positions, a
     tokenizer that does not belong to the folder's model.
     """
-    vocab_size = card.vocab_size if card is not None else _vocab_size(recipe.data.tokenizer, site)
+    vocab_size = card.vocab_size if card is not None else _vocab_size(recipe.data, site)
     eos_token_id = card.eos_token_id if card is not None else None
     if isinstance(recipe.model, ArchitectureModel):
         config, where = _from_keys(recipe.model, vocab_size, eos_token_id), "model.config"
     else:
         config, where = (
-            _from_folder(recipe.model, site, vocab_size, eos_token_id),
+            _from_folder(recipe.model, site, vocab_size, eos_token_id, most_added_tokens(recipe.data)),
             f"{site.locate(recipe.model.path)}/config.json",
         )
     config = checked_config(config, where)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and recipe.data.sequence_length > positions:
-        raise ModelError(
-            f"data.sequence_length is {recipe.data.sequence_length}, but the model has {positions} positions",
-            where=where,
-            hint=f"lower data.sequence_length to {positions}, or raise max_position_embeddings",
-        )
+    _check_positions(recipe, getattr(config, "max_position_embeddings", None), where)
     return config
+
+
+def _check_positions(recipe: Recipe, positions: int | None, where: str) -> None:
+    lengths = {"data.sequence_length": recipe.data.sequence_length} | {
+        f"data.stages[{number}].sequence_length": stage.sequence_length or 0 for number, stage in enumerate(recipe.data.stages)
+    }
+    key = max(lengths, key=lengths.__getitem__)
+    if positions is not None and lengths[key] > positions:
+        raise ModelError(
+            f"{key} is {lengths[key]}, but the model has {positions} positions",
+            where=where,
+            hint=f"lower {key} to {positions}, or raise max_position_embeddings",
+        )
 
 
 def checked_config(config: PretrainedConfig, where: str) -> PretrainedConfig:
@@ -220,15 +228,18 @@ def _fits(value: Any, default: Any) -> bool:
     return not isinstance(default, str) or isinstance(value, str)
 
 
-def _from_folder(model: FolderModel, site: Site, vocab_size: int, eos_token_id: int | None) -> PretrainedConfig:
+def _from_folder(
+    model: FolderModel, site: Site, vocab_size: int, eos_token_id: int | None, most_added: int
+) -> PretrainedConfig:
     folder = Path(site.locate(model.path))
     config = folder_config(folder)
-    if vocab_size > config.vocab_size:
+    if vocab_size > config.vocab_size + most_added:
         raise ModelError(
             f"the dataset's tokenizer has {vocab_size} tokens, the model {config.vocab_size}: the tokenizer is not the model's",
             where=str(folder),
             hint=f"use the model's own: data.tokenizer: {{kind: folder, path: {model.path}}}",
         )
+    config.vocab_size = max(config.vocab_size, vocab_size)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if None not in (eos_token_id, *ends) and eos_token_id not in ends:
         raise ModelError(
@@ -283,14 +294,15 @@ def _check_sizes(config: PretrainedConfig, where: str) -> None:
     raise ModelError(message, where=where)
 
 
-def _vocab_size(tokenizer: Tokenizer, site: Site) -> int:
-    """Tokens that a tokenizer has, or may have at most if it is yet to be trained."""
-    if not isinstance(tokenizer, FolderTokenizer):
-        return tokenizer.vocab_size
-    path = Path(site.locate(tokenizer.path)) / "tokenizer.json"
+def _vocab_size(data: Data, site: Site) -> int:
+    """Tokens that the tokenizer has, or may have at most if it is yet to be trained, with the recipe's tags."""
+    tags = {stream.tag for stream in data.streams if stream.tag}
+    if not isinstance(data.tokenizer, FolderTokenizer):
+        return data.tokenizer.vocab_size + len(tags)
+    path = Path(site.locate(data.tokenizer.path)) / "tokenizer.json"
     try:
         tokens = json.loads(path.read_bytes())
-        ids = [*tokens["model"]["vocab"].values(), *(added["id"] for added in tokens["added_tokens"])]
+        ids = dict(tokens["model"]["vocab"]) | {added["content"]: added["id"] for added in tokens["added_tokens"]}
+        return int(max(ids.values())) + 1 + len(tags - ids.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"not a tokenizer of tokens with numbers: {error}", where=str(path)) from error
-    return int(max(ids)) + 1

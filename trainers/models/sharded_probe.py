@@ -84,6 +84,7 @@ def _rows(tokens: tuple[int, ...]) -> Batch:
         weights=torch.ones(token_ids.shape),
         segments=torch.zeros(token_ids.shape, dtype=torch.int32),
         positions=torch.arange(LENGTH).expand(token_ids.shape).contiguous(),
+        pairs=torch.full(token_ids.shape, -1, dtype=torch.int32),
         row_ids=torch.arange(len(tokens)),
     )
 

@@ -72,14 +72,24 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
 
 
 def _check_tokenizer(opened: Opened, card: DatasetCard) -> None:
-    """Raises ``DataError`` where the model to go on from brings another tokenizer than the one that built the dataset."""
-    from outgrow.recipes.schema.model import FolderModel
-    from outgrow.streaming.tokenizer import check_tokenizer
+    """Raises ``DataError`` where the model to go on from brings another tokenizer than the one that built the dataset.
 
-    if isinstance(opened.recipe.model, FolderModel):
-        folder = Path(opened.site.locate(opened.recipe.model.path))
-        if (folder / "tokenizer.json").is_file():
-            check_tokenizer(card, folder)
+    The dataset's may have more tokens: the tags, and the tokens of chat templates, that the recipe adds.
+    """
+    from outgrow.errors import DataError
+    from outgrow.recipes.schema.model import FolderModel
+    from outgrow.streaming.render.preparing import check_model_tokenizer
+
+    if not isinstance(opened.recipe.model, FolderModel):
+        return
+    folder = Path(opened.site.locate(opened.recipe.model.path))
+    if not (folder / "tokenizer.json").is_file():
+        return
+    try:
+        check_model_tokenizer(card, folder, opened.recipe.data, opened.site)
+    except DataError as error:
+        error.where = str(folder)  # not the copy to which the tokens were added
+        raise
 
 
 def _room(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> int | None:
@@ -94,7 +104,7 @@ def _room(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> int | Non
     free = storage.free_bytes()
     if card is None:
         return free
-    run, stored = choose(storage, opened.recipe, card.store_fingerprint, fresh=fresh)
+    run, stored = choose(storage, opened.recipe, card.data_fingerprint, fresh=fresh)
     if free is None or stored is None:
         return free
     return free + sum(checkpoint.bytes for checkpoint in list_checkpoints(storage, run.folder))

@@ -67,7 +67,7 @@ def _trained(opened: Opened) -> tuple[DatasetCard, str]:
 
     card = find(opened.recipe, opened.site)
     assert card is not None
-    run, _ = choose(opened.site.open_storage(), opened.recipe, card.store_fingerprint, fresh=False)
+    run, _ = choose(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False)
     return card, run.folder
 
 

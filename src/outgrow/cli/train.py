@@ -68,7 +68,7 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
     card = _build(opened)
     storage = opened.site.open_storage()
     with (
-        claim(storage, opened.recipe, card.store_fingerprint, fresh=fresh, accept=accept) as claimed,
+        claim(storage, opened.recipe, card.data_fingerprint, fresh=fresh, accept=accept) as claimed,
         connect(target, opened.site.cluster, cpus=here.cores, gpus=len(here.gpus)) as cluster,
     ):
         typer.echo(f"{_claimed(claimed)}\n  on {cluster}")
