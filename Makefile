@@ -20,8 +20,8 @@ quickstart: $(READY)
 
 # Unit tests on two processes; those with real servers, kills and Ray one after the other, as each takes the whole machine.
 test: $(READY)
-	$(BIN)/python -m pytest tests/unit tests/test_layers.py --numprocesses 2 --dist worksteal
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest tests --ignore tests/unit
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -249,7 +249,9 @@ def _places_after(phase: Phase, batch_rows: int, card: DatasetCard, index: Index
     """Where the stage after ``phase`` finds each stream: where this one leaves it, in rows of the new stage's index.
 
     As many passes have gone by in either; a part of a row counts as read. The windows of an index are those of the store,
-    whatever the length of its rows, and come in the same order: so a stream goes on in the window where it was.
+    whatever the length of its rows, and come in the same order: so a stream goes on in the window where it was. Within it a
+    shuffled stream does not: its rows come in another order in each index, so of that one window some tokens come twice in
+    this pass, and some not at all.
     """
     assert phase.steps is not None, "a stage that another follows has an end"
     drawn = taken(phase.takes, phase.steps * batch_rows)

@@ -22,8 +22,8 @@ from outgrow.recipes.site_loading import recipe_names
 from outgrow.storage import Storage, sync_folder, sync_tree
 from outgrow.streaming.aside import Unfinished, building_folder, discard, put_in_place, remove_abandoned, unfinished
 from outgrow.streaming.card import index_card
-from outgrow.streaming.catalog import content_key, folders, index_identities, remembered, section_key, stored_bytes, upload
-from outgrow.streaming.manifest import is_committed
+from outgrow.streaming.catalog import content_key, index_identities, remembered, section_key, stored_bytes, upload
+from outgrow.streaming.manifest import folders, is_committed
 from outgrow.streaming.parts import has_parts
 from outgrow.streaming.pool import ordered_map
 from outgrow.streaming.render import prepare_tokenizer, template_identity, template_text

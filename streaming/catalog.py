@@ -13,7 +13,7 @@ from outgrow.contracts import DatasetCard
 from outgrow.recipes.schema import Recipe
 from outgrow.storage import Storage, fingerprint
 from outgrow.streaming import row_building
-from outgrow.streaming.manifest import FILES, MARKER, read_manifest
+from outgrow.streaming.manifest import FILES, MARKER, folders, read_manifest
 from outgrow.streaming.rows import INDEX_MANIFEST
 from outgrow.streaming.shards import every_file
 from outgrow.streaming.store import FORMAT, MANIFEST
@@ -50,11 +50,6 @@ def remembered(storage: Storage, key: str) -> DatasetCard | None:
         return None
     card = DatasetCard.from_dict(storage.read_json(key))
     return card if all(storage.exists(f"{folder}/{MARKER}") for folder in folders(card)) else None
-
-
-def folders(card: DatasetCard) -> tuple[str, ...]:
-    """The committed folders of a dataset: its store, and each index."""
-    return (card.store, *(index.folder for index in card.indexes))
 
 
 def upload(folder: Path, storage: Storage, key: str, on_bytes: Callable[[int, int], None]) -> None:

@@ -15,7 +15,7 @@ from outgrow.streaming.detection.files import WHOLE_BYTES, Look, kind_by_name, s
 from outgrow.streaming.detection.looks import look
 from outgrow.streaming.detection.proposals import Proposal, Setting, counted, propose, slug
 from outgrow.streaming.sources.document import BadRecordError
-from outgrow.streaming.sources.files import InputFile, find_files
+from outgrow.streaming.sources.files import InputFile, files_below
 from outgrow.streaming.sources.json_text import parse
 
 MAX_LOOKS = 400
@@ -50,9 +50,10 @@ def detect(path: Path) -> Detection:
     """The streams that would read the file or folder. Raises ``DataError`` where nothing is there, or it may not be read."""
     if not path.exists():
         raise DataError("there is no such file or folder", where=str(path), hint="give the folder that holds your files")
-    if path.is_dir() and not any(path.iterdir()):
-        raise DataError("the folder is empty", where=str(path), hint="give the folder that holds your files")
-    files = find_files("detect", str(path), ("**/*",), ()).files
+    found = files_below(path)
+    files = found.files
+    if not files and not found.dangling:
+        raise DataError("the folder holds no file", where=str(path), hint="give the folder that holds your files")
     place = slug(path.resolve().stem if path.is_file() else path.resolve().name) or "data"
     shards = dict(_token_shards(files))
     plain = [file for file in files if not any(file.name.startswith(folder) for folder in shards)]
@@ -71,7 +72,7 @@ def detect(path: Path) -> Detection:
         num_looks=len(chosen),
         places=tuple(places),
         streams=tuple(streams),
-        unknown=tuple(_unknown(looks, streams)),
+        unknown=(*_unknown(looks, streams), *((name, "a link that leads to no file") for name, _ in found.dangling)),
     )
 
 

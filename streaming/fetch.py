@@ -13,11 +13,9 @@ from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage, file_digest, sync_folder, sync_tree
-from outgrow.streaming.catalog import folders
-from outgrow.streaming.manifest import FILES, MARKER, check_manifest, is_committed
-from outgrow.streaming.rows import INDEX_MANIFEST
+from outgrow.streaming.manifest import FILES, MARKER, check_manifest, folders, is_committed
+from outgrow.streaming.rows import INDEX_MANIFEST, STORE_MANIFEST
 from outgrow.streaming.shards import every_file
-from outgrow.streaming.store import MANIFEST
 
 _ATTEMPTS = 3
 _ASIDE = ".fetching"
@@ -41,7 +39,7 @@ def local_dataset(site: Site, card: DatasetCard) -> Path:
     if not is_committed(cache / card.store):
         _check_room(cache, card.bytes)
     for key in folders(card):
-        _fetch(storage, key, MANIFEST if key == card.store else INDEX_MANIFEST, cache)
+        _fetch(storage, key, STORE_MANIFEST if key == card.store else INDEX_MANIFEST, cache)
     return cache / card.store
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest, sync_tree, tree_digests
 
@@ -31,6 +32,11 @@ def commit(folder: Path, name: str, facts: dict[str, Any], digests: Mapping[str,
     (folder / name).write_bytes(text)
     (folder / MARKER).write_text(digest(text) + "\n")
     sync_tree(folder)
+
+
+def folders(card: DatasetCard) -> tuple[str, ...]:
+    """The committed folders of a dataset: its store, and each index."""
+    return (card.store, *(index.folder for index in card.indexes))
 
 
 def is_committed(folder: Path) -> bool:

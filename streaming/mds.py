@@ -34,7 +34,7 @@ _VALUE_TYPES = {
     8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
     64: "uint64", 65: "int64", 66: "float64",
 }  # fmt: skip
-"""Element types that an ``ndarray`` may name in its first byte."""
+"""Element types of an ``ndarray``, which its encoding names or else its first byte."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def decode(encoding: str, data: memoryview) -> Any:
     if kind != "ndarray":
         raise ValueError(f"its encoding is '{encoding}'; read are: ndarray, bytes, str")
     at = 0
+    if details and details[0] not in _VALUE_TYPES.values():  # numpy would parse whatever it is as an expression
+        raise ValueError(f"its elements are '{details[0]}'; read are: {', '.join(_VALUE_TYPES.values())}")
     if details:
         dtype = np.dtype(details[0])
     else:

@@ -42,6 +42,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 DROPPED = "dropped.jsonl"
 _PARTS = "parts"
 
+# Where parts end decides the bytes of a store: who changes one of these counts up ``store.FORMAT``.
 PART_BYTES = 64 * 1024 * 1024
 """Text of a part at the least, if it has so few documents that ``PART_DOCUMENTS`` does not end it."""
 PART_DOCUMENTS = 256 * 1024

@@ -51,7 +51,7 @@ def build_index(store: Path, out: Path, *, data: Data, sequence_length: int, see
     """Make the row index of a committed store in the folder ``out``; one that is there already is only opened.
 
     Written aside beside ``out`` and renamed; a window at a time is in memory. Raises ``DataError`` where a stream has nothing
-    to train on, and where a document is longer than a row and the recipe says ``too_long: stop``.
+    to train on or learns nothing of it, and where a document is longer than a row and the recipe says ``too_long: stop``.
     """
     if is_committed(out):
         return read_facts(out)[0]
@@ -123,6 +123,7 @@ class _SplitBuilder:
             )
         reason = self.choice.reason.copy()
         seen = documents = tokens = rows = fewest = cuts = cuts_at_borders = 0
+        weight = 0.0
         tables = read_tables(self.store, self.stream.name, self.split, self.digests)
         with WindowWriter(folder, self.stream.name, self.split) as writer:
             for window_documents in windows_of(tables, self.window_shards):
@@ -140,6 +141,7 @@ class _SplitBuilder:
                 documents += len(order)
                 tokens += window.num_tokens
                 rows += window.num_rows
+                weight += float(window.weights.sum())
                 fewest += laid.fewest_rows
                 cuts += max(window.num_rows - 1, 0)
                 cuts_at_borders += laid.cuts_at_borders
@@ -157,8 +159,8 @@ class _SplitBuilder:
             pairs=self.pairs,
             dropped=self._save_dropped(folder, reason),
         )
-        if self.split == "train" and not rows:
-            self._stop_without_rows(facts)
+        if self.split == "train" and not weight:
+            self._stop_with_nothing_learned(facts)
         return facts
 
     def _drawn(self, documents: WindowDocuments, reason: npt.NDArray[np.uint8]) -> Int64:
@@ -205,7 +207,12 @@ class _SplitBuilder:
             hint=f"raise sequence_length to {lengths[longest]:,}, or set too_long: {either} for the stream",
         )
 
-    def _stop_without_rows(self, facts: SplitFacts) -> NoReturn:
+    def _stop_with_nothing_learned(self, facts: SplitFacts) -> NoReturn:
+        if facts.rows:
+            raise DataError(
+                f"stream '{self.stream.name}': none of its {facts.tokens:,} tokens is learned, for all loss weights are 0",
+                hint="check that chat.roles names roles of its dialogues, and chat.thinking_weight",
+            )
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in facts.dropped.items())
         raise DataError(
             f"stream '{self.stream.name}' holds no document to train on" + (f"; dropped: {dropped}" if dropped else ""),

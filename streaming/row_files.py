@@ -117,14 +117,13 @@ class WindowWriter:
         self._rows.append(self._rows[-1] + window.num_rows)
         self._digests.append(bytes.fromhex(digest(blob)))
 
-    def finish(self) -> WindowTable:
+    def finish(self) -> None:
         table = WindowTable(
             offsets=np.array(self._offsets, np.int64),
             digest=np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 32),
             rows=np.array(self._rows, np.int64),
         )
         save_table(table, self._table_path)
-        return table
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,15 @@ def lay(documents: WindowDocuments, order: Int64, length: int, *, whole: bool, s
         at = np.concatenate([[0], np.cumsum(row_tokens)])
         fewest = lower_bound(lengths, length)
     window = _window(documents, order, starts, np.cumsum(lengths, dtype=np.int64), at)
+    # A piece that ends within a sentence fills a row of its own; the end of the last row is no cut.
+    loose -= len(starts) > 0 and _is_loose(documents, int(order[-1]), int(starts[-1] + lengths[-1]))
     return Laid(window=window, fewest_rows=fewest, cuts_at_borders=max(window.num_rows - 1, 0) - loose)
+
+
+def _is_loose(documents: WindowDocuments, document: int, end: int) -> bool:
+    """Whether a piece that ends before token ``end`` of a document ends within a sentence or turn."""
+    first, after = documents.borders.first[document : document + 2].tolist()
+    return end < int(documents.lengths[document]) and end not in documents.borders.tokens[first:after].tolist()
 
 
 def _in_pieces(documents: WindowDocuments, order: Int64, length: int) -> tuple[Int64, Int64, Int64, int]:

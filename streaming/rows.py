@@ -83,10 +83,6 @@ class IndexFacts(Record):
         return sum(split.tokens for split in self.train)
 
     @property
-    def validation_rows(self) -> int:
-        return sum(split.rows for split in self.validation)
-
-    @property
     def fill(self) -> float:
         """Share of the training rows' positions that hold a token; 0 where there is no row."""
         return self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0

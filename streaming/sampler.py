@@ -72,9 +72,6 @@ class Sampler:
         """The epoch or stage of a step; its ``index`` is the one that the step's rows are numbered in."""
         return self.mix.phase(step)
 
-    def epoch(self, step: int) -> int:
-        return self.mix.phase(step).epoch
-
     def row_ids(self, step: int) -> tuple[int, ...]:
         """The ordered rows of optimizer step ``step`` (from 0) over all ranks; fewer at an epoch's end."""
         index = self.mix.phase(step).index

@@ -60,15 +60,16 @@ class TextTokenizer:
     def __init__(self, folder: Path) -> None:
         """Raises ``DataError`` where the folder holds no tokenizer.json, or does not say which token ends a text."""
         self.folder = folder
-        self._form = tokenizer_form.read_form(folder)
+        form = tokenizer_form.read_form(folder)
         self.named_tokens = tokenizer_form.named_tokens(folder)
-        self._tokenizer = self._load(self._form)
-        self.fingerprint = fingerprint(self._form)
+        self._tokenizer = tokenizer_form.load(form, self.named_tokens, folder)
+        self.fingerprint = fingerprint(form)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype(np.uint16 if self.vocab_size <= 65_536 else np.uint32)
         self.eos_token_id = self._end_of_text()
         special = {token.content: number for number, token in self.added_tokens.items() if token.special}
-        self._reachable = tokenizer_form.reachable_specials(self._form, special)
+        self._reachable = tokenizer_form.reachable_specials(form, special)
+        self._form = tokenizer_form.needed_later(form)
 
     def encode(self, texts: Sequence[str], *, tag: int | None = None) -> list[Tokens]:
         """Token ids of each text, ``dtype`` [n], the first of them ``tag`` where it is given, the last the end-of-text token.
@@ -129,10 +130,8 @@ class TextTokenizer:
         return self._load(tokenizer_form.going_on(self._form))
 
     def _load(self, form: tokenizer_form.JsonDict) -> Tokenizer:
-        """The tokenizer of ``form``; the one that is loaded where that is its form."""
-        if form is self._form and "_tokenizer" in self.__dict__:
-            return self._tokenizer
-        return tokenizer_form.load(form, self.named_tokens, self.folder)
+        """The tokenizer of a variant of the form; the one that is loaded where they are the same."""
+        return self._tokenizer if form is self._form else tokenizer_form.load(form, self.named_tokens, self.folder)
 
     def _encodings(self, stretches: Sequence[Stretch]) -> Iterator[tuple[Piece, Any]]:
         """The pieces of all stretches in order, each with its encoding."""
@@ -160,7 +159,9 @@ class TextTokenizer:
 
     def _divided(self, piece: Piece) -> list[Piece]:
         """A piece cut in the middle of all that the model takes for special tokens, so that they are spelled out."""
-        (encoding,) = (self._tokenizer, self._after_token, self._going_on)[piece.place].encode_batch([piece.text], add_special_tokens=False)
+        (encoding,) = (self._tokenizer, self._after_token, self._going_on)[piece.place].encode_batch(
+            [piece.text], add_special_tokens=False
+        )
         spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._reachable]
         cuts = sorted({(start + stop + 1) // 2 for start, stop in spans} - {0, len(piece.text)})
         if not cuts:

@@ -116,6 +116,13 @@ def going_on(form: JsonDict) -> JsonDict:
     return _changed(form, change)
 
 
+def needed_later(form: JsonDict) -> JsonDict:
+    """The form where a variant of it differs; else its small parts alone, for a vocabulary takes much memory."""
+    if after_token(form) is not form or going_on(form) is not form:
+        return form
+    return {key: form.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+
+
 def token_texts(form: JsonDict, vocabulary: dict[str, int], added: Iterable[int]) -> dict[int, str]:
     """The text that each token of a vocabulary stands for within a text, by id; bytes that are no whole characters are
     replaced.

@@ -52,11 +52,12 @@ def exact_twins(keys: tuple[UInt64, UInt64], used: Bool, comparable: Comparable)
 
 
 def near_twins(signatures: Signatures, used: Bool, comparable: Comparable, similarity: float) -> Int64:
-    """The first kept document of each that is like it (estimated Jaccard similarity from ``similarity`` on), int64 [N] or -1.
+    """A document that each is like (estimated Jaccard similarity from ``similarity`` on), int64 [N] or -1.
 
+    It is an earlier one that is kept; of several it need not be the first, but is the same however the signatures lie in files.
     Pairs are found by sharing a band of their signatures, band after band. A document dropped for one that an earlier one then
     drops too is taken up again in another round; each round settles at least the first document that is not settled, so it ends
-    with what comparing one after the other with those kept would give. Takes some 30 bytes a document.
+    with those kept that comparing one after the other with those kept would keep. Takes some 30 bytes a document.
     """
     count, rows = bands(similarity)
     twin = np.full(len(used), -1, np.int64)

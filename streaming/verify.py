@@ -10,8 +10,7 @@ from typing import Any
 from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import Storage
-from outgrow.streaming.catalog import folders
-from outgrow.streaming.manifest import FILES, MARKER, check_manifest
+from outgrow.streaming.manifest import FILES, MARKER, check_manifest, folders
 from outgrow.streaming.rows import INDEX_MANIFEST, IndexFacts
 from outgrow.streaming.shards import every_file
 from outgrow.streaming.store import MANIFEST, StoreFacts, parse_facts

@@ -9,7 +9,7 @@ of ``TextTokenizer`` at several times its rate. Tokenizers of other kinds are us
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,13 @@ class CachingTokenizer(TextTokenizer):
             return super().encode(texts, tag=tag)
         plain = [number for number, text in enumerate(texts) if any(token in text for token in self._found_in_text)]
         made = dict(zip(plain, super().encode([texts[number] for number in plain], tag=tag), strict=True))
-        begin = b"" if tag is None else self.dtype.type(tag).tobytes()
-        end = self.dtype.type(self.eos_token_id).tobytes()
-        return [
-            made[number] if number in made else np.frombuffer(b"".join([begin, *self._by_words(text), end]), self.dtype)
-            for number, text in enumerate(texts)
-        ]
+        return [made[number] if number in made else self._by_words(text, tag) for number, text in enumerate(texts)]
 
-    def _by_words(self, text: str) -> Iterable[bytes]:
-        """The tokens of a text, a piece of it at a time."""
+    def _by_words(self, text: str, tag: int | None) -> Tokens:
+        """The tokens of a text, put together a piece of it at a time: one copy of them is in memory."""
         assert self._word_pattern is not None
         known = self._word_tokens
+        token_ids = bytearray(b"" if tag is None else self.dtype.type(tag).tobytes())
         for piece in pieces(text, PIECE_CHARS):
             words = self._word_pattern.findall(piece)
             if len(known) > _MOST_WORDS:
@@ -91,10 +87,12 @@ class CachingTokenizer(TextTokenizer):
             new = list(set(words).difference(known))
             for word, tokens in zip(new, super().encode(new), strict=True):
                 known[word] = tokens[:-1].tobytes()  # less its end-of-text token
-            yield b"".join(map(known.__getitem__, words))
+            token_ids += b"".join(map(known.__getitem__, words))
             for word in new:
                 if len(word) > _WORD_CHARS:
                     del known[word]
+        token_ids += self.dtype.type(self.eos_token_id).tobytes()
+        return np.frombuffer(token_ids, self.dtype)
 
 
 def words_of(form: JsonDict) -> re.Pattern[str] | None:

@@ -1,4 +1,4 @@
-"""Programs that tests run on an embedded Ray cluster of their own; each says what it saw as JSON in its last line."""
+"""Programs that tests run on an embedded Ray cluster of their own; what they saw is said as JSON in the last line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def main() -> None:
     from outgrow.cluster.ray_cluster import Target, connect
     from outgrow.recipes.schema.site import Cluster
 
-    program, cpus, *words = sys.argv[1:]
+    programs = {"map_numbers": map_numbers, "build": build}
+    cpus, words = int(sys.argv[1]), json.loads(sys.argv[2])
     cluster = Cluster(address="local", token_file=str(Path("token").resolve()))
-    with connect(Target(address=None, reason="a test"), cluster, cpus=int(cpus), gpus=0):
-        said = globals()[program](*words)
+    with connect(Target(address=None, reason="a test"), cluster, cpus=cpus, gpus=0):
+        said = {name: programs[name](*arguments) for name, arguments in words.items()}
     print(json.dumps(said))
 
 
@@ -90,8 +91,16 @@ def map_numbers(folder: str) -> dict[str, Any]:
 # --- a build ----------------------------------------------------------------------------------------------------------
 
 
-def build(inputs: str, kill: str) -> dict[str, Any]:
-    """The dataset of the recipe and site in the file ``inputs``; kills a worker that is at work, where ``kill`` says so."""
+def _command(process: psutil.Process) -> str:
+    """The program that a process runs; empty where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""
+
+
+def build(inputs: str) -> dict[str, Any]:
+    """The dataset of the recipe and site in the file ``inputs``; kills two workers that are at work."""
     from outgrow.cluster.ray_map import ray_map
     from outgrow.recipes.schema import Recipe
     from outgrow.recipes.schema.site import Site
@@ -103,8 +112,8 @@ def build(inputs: str, kill: str) -> dict[str, Any]:
     killed: list[int] = []
 
     def watch(progress: Progress) -> None:
-        if progress.stage == "tokens" and kill == "kill" and len(killed) < 3:
-            workers = [p for p in psutil.Process().children(recursive=True) if "ray::_run" in " ".join(p.cmdline()[:1])]
+        if progress.stage == "tokens" and len(killed) < 2:
+            workers = [p for p in psutil.Process().children(recursive=True) if _command(p).startswith("ray::_run")]
             for worker in workers[:1]:
                 worker.kill()
                 killed.append(worker.pid)

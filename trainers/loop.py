@@ -108,8 +108,10 @@ def _train(run: _Run) -> None:
     engine, recipe = run.engine, run.recipe
     for rows in run.pace.steps(run.loader):
         torch.manual_seed(step_seed(recipe.run.seed, rows.step, run.rank))
+        # A step of prompts alone learns nothing: its loss is 0 then, not 0 / 0.
+        global_weight = rows.global_weight or 1.0
         for batch in rows.micro_batches:
-            engine.accumulate(batch, rows.global_weight)
+            engine.accumulate(batch, global_weight)
         sums = engine.finish()
         rate = learning_rate(recipe, rows.step, run.steps)
         engine.apply(rate)

@@ -127,7 +127,7 @@ class Data(Section):
         if len(shares) == len(self.streams):
             if abs(total - 1) > _SHARES_SUM_TO_ONE_WITHIN:
                 yield "streams[0].share", f"all streams have a share, and they add up to {total:.6g}; allowed: 1"
-        elif total >= 1:
+        elif total > 1 - _SHARES_SUM_TO_ONE_WITHIN:
             yield (
                 f"streams[{shares[-1][0]}].share",
                 f"shares add up to {total:.6g} and leave nothing for the other streams; lower it",

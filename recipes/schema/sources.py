@@ -24,7 +24,7 @@ class TextShape(Section):
 
 class MessagesShape(Section):
     """Each record is a dialogue in OpenAI's form: a list of ``role`` and ``content``, tool calls too. Saiga's ``bot`` counts as
-    ``assistant``."""
+    ``assistant``; a message with ``weight: 0`` is not learned."""
 
     kind: Literal["messages"]
     field: str = "messages"

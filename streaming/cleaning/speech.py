@@ -105,7 +105,7 @@ _LONG_TIME = r"\d{1,3}:\d{2}:\d{2}(?:[.,]\d{1,3})?"
 _SPAN = rf"{_TIME}(?:[ \t]{{0,3}}(?:-->|[-–—])[ \t]{{0,3}}{_TIME})?"
 _ARROW = rf"(?<![\d:.,]){_TIME}[ \t]{{0,3}}-->(?:[ \t]{{0,3}}{_TIME})?"
 _WHOLE_LINE = re.compile(rf"^(?:{_TIME}[ \t]{{0,3}}-->(?:[ \t]{{0,3}}{_TIME}[^\n]*)?|{_TIME})[ \t]*(?:\n|\Z)", re.MULTILINE)
-_WITHIN = re.compile(rf"(?P<before>[ \t]?)(?:\[{_SPAN}\]|\({_SPAN}\)|<{_TIME}>|{_ARROW})(?P<after>[ \t]*)(?P<end>\n|\Z)?")
+_WITHIN = re.compile(rf"\[{_SPAN}\]|\({_SPAN}\)|<{_TIME}>|{_ARROW}")
 _LEADING = re.compile(rf"^{_LONG_TIME}(?![\d:])[ \t]*", re.MULTILINE)
 
 
@@ -118,13 +118,27 @@ def drop_time_codes(text: str) -> tuple[str, int]:
     if ":" not in text:
         return text, 0
     text, lines = _WHOLE_LINE.subn("", text)
-    text, inner = _WITHIN.subn(_closed_up, text)
+    text, inner = _without_codes(text)
     text, leading = _LEADING.subn("", text)
     return text, lines + inner + leading
 
 
-def _closed_up(found: re.Match[str]) -> str:
-    """What is left of a code and the space around it: one space between words, none at the ends of a line."""
-    if found["end"] is not None:
-        return found["end"]
-    return " " if found["before"] and found["after"] else ""
+def _without_codes(text: str) -> tuple[str, int]:
+    """The text without codes within lines: one space is left between words, none before a sign or at the ends of a line."""
+    parts: list[str] = []
+    done = count = 0
+    for found in _WITHIN.finditer(text):
+        start, stop = found.span()
+        spaces = _SPACES.match(text, stop)
+        after = spaces.end() if spaces else stop
+        kept = text[done:start]
+        if after == len(text) or text[after] in "\n.,;:!?…)":
+            kept, stop = kept.rstrip(" \t"), after
+            while not kept and parts:  # codes in a row
+                kept = parts.pop().rstrip(" \t")
+        elif not kept or kept[-1] in " \t\n":
+            stop = after
+        parts.append(kept)
+        done = stop
+        count += 1
+    return ("".join([*parts, text[done:]]), count) if count else (text, 0)

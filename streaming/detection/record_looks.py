@@ -16,6 +16,9 @@ from outgrow.streaming.sources.json_text import parse
 from outgrow.streaming.sources.lines import line_blocks
 from outgrow.streaming.sources.transcript import whisper_cues
 
+_ROWS = 64
+"""Rows of a Parquet file that are looked at."""
+
 
 def jsonl_look(path: Path, name: str) -> Look:
     """What the first lines are."""
@@ -61,16 +64,9 @@ def json_look(path: Path, name: str) -> Look:
 
 def parquet_look(path: Path, name: str) -> Look:
     """What the first rows are."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    from outgrow.streaming.sources.parquet import first_records  # pyarrow is slow to import
 
-    try:
-        file = pq.ParquetFile(path, pre_buffer=False)
-        columns = [column.name for column in file.schema_arrow if not pa.types.is_binary(column.type)]
-        batch = next(file.iter_batches(64, columns=columns, use_threads=False), None)
-        rows = batch.to_pylist() if batch is not None else []
-    except (pa.ArrowException, OSError, ValueError, KeyError, NotImplementedError, OverflowError) as error:
-        raise BadRecordError(f"it is no Parquet that can be read: {type(error).__name__}") from None
+    columns, rows = first_records(path, _ROWS)
     found = [(f"{name}#{number}", row) for number, row in enumerate(rows, 1)]
     return _of(name, "parquet", of_records(found), f"no column of it is known; columns: {', '.join(columns)}")
 

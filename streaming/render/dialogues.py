@@ -62,6 +62,8 @@ class Dialogues:
         marked = mark(messages)
         work = _Work(marked, dialogue.tools, 0 if answer is None else len(begin))
         plain = self._template.render(messages, dialogue.tools, num_chars=work.num_chars)
+        if not plain:
+            raise UnrenderableError("the chat template writes nothing for it")
         fields = tuple([field.text for field in marked.fields])
         layout = self._shared_layout(work) if marked.steady else None
         if layout is not None and layout.text(fields) == plain:

@@ -77,7 +77,11 @@ class _Search:
                 raise LeftOutError(f"the chat template leaves out what {self._name(field.message)} holds")
 
     def turns(self, first: int) -> Turns:
-        learned = [n for n, message in enumerate(self._messages) if n >= first and message["role"] in self._chat.roles]
+        learned = [
+            number
+            for number, message in enumerate(self._messages)
+            if number >= first and message["role"] in self._chat.roles and message.get("weight", 1)
+        ]
         learned = learned[-1:] if self._chat.answers == "last" else learned
         self._last = max(learned, default=-1)
         generated = self._generated() if self._rendering.generated else None

@@ -43,7 +43,7 @@ def advice(
     given = {stream.name: stream for stream in data.streams}
     return [
         *_of_tokenizer(data, languages),
-        *(found for stream in streams for found in _of_stream(stream, given[stream.name], data.validation_fraction)),
+        *(found for stream in streams for found in _of_stream(stream, data.validation_fraction)),
         *(found for index in indexes for found in _of_rows(index, given)),
         *_of_mix(mix[-1]),
     ]
@@ -71,7 +71,7 @@ def _of_tokenizer(data: Data, languages: Mapping[str, LanguageFigures]) -> Itera
         )
 
 
-def _of_stream(stream: StreamFacts, given: Stream, validation_fraction: float) -> Iterator[Advice]:
+def _of_stream(stream: StreamFacts, validation_fraction: float) -> Iterator[Advice]:
     dropped, every = sum(stream.dropped.values()), sum(stream.documents.values())
     if dropped > _MOST_DROPPED * every:
         reason, count = max(stream.dropped.items(), key=lambda item: item[1])
@@ -89,13 +89,11 @@ def _of_stream(stream: StreamFacts, given: Stream, validation_fraction: float) -
             says=f"'{stream.name}' has no held-out document, so its validation loss is not measured",
             do="raise data.validation_fraction, or give it more documents",
         )
-    if given.split == "never" and given.too_long == "split":
-        return
     too_long = stream.dropped.get("too_long", 0)
     if too_long > 0.01 * max(1, stream.documents.get(TRAINED, 0)):
         yield Advice(
             says=f"{too_long:,} documents of '{stream.name}' are longer than a row and dropped",
-            do="raise data.sequence_length, or set too_long: split for the stream",
+            do="raise data.sequence_length" + ("" if stream.built.pairs else ", or set too_long: split for the stream"),
         )
 
 
@@ -104,9 +102,10 @@ def _of_rows(index: IndexFigures, given: Mapping[str, Stream]) -> Iterator[Advic
         fill = split.tokens / max(1, split.rows * index.sequence_length)
         if split.rows > 10 and fill < _LEAST_FILL:
             order = " and order: shuffled" if given[split.name].order == "sequential" else ""
+            anywhere = "" if split.pairs else f"split: anywhere{order}, or "  # a pair stays in one row
             yield Advice(
                 says=f"rows of {index.sequence_length:,} of '{split.name}' are {fill:.0%} full; the rest is computed in vain",
-                do=f"set split: anywhere{order}, or a sequence_length that its documents fill better",
+                do=f"set {anywhere}a sequence_length that its documents fill better",
             )
 
 

@@ -42,16 +42,28 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
             hint="copy it to a folder and name that under sources: in site.yaml",
         )
     path = Path(root).expanduser()
-    if path.is_file():
-        return Found(files=(InputFile(name=_printable(path.name), path=path, stamp=Stamp.of(path)),))
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise DataError(
             f"stream '{stream}': there is no file or folder {path}", hint="give its place under sources: in site.yaml"
         )
+    found = files_below(path, include, exclude)
+    if not found.files and not found.dangling:
+        raise DataError(
+            f"stream '{stream}': no file in {path} matches {', '.join(include)}"
+            + (f" less {', '.join(exclude)}" if exclude else ""),
+            hint=f"set data.streams[{stream}].source.include to patterns of the files that are there",
+        )
+    return found
+
+
+def files_below(path: Path, include: Sequence[str] = ("**/*",), exclude: Sequence[str] = ()) -> Found:
+    """As ``find_files``, of a file or folder that is there; perhaps nothing."""
+    if path.is_file():
+        return Found(files=(InputFile(name=_printable(path.name), path=path, stamp=Stamp.of(path)),))
     wanted, unwanted = [_glob(p) for p in include], [_glob(p) for p in exclude]
     names = [
         name
-        for name in _walk(path, "", frozenset())
+        for name in _walk(path, "", frozenset(), unwanted)
         if any(p.fullmatch(name) for p in wanted) and not any(p.fullmatch(name) for p in unwanted)
     ]
     dangling = sorted({name for name in names if not os.path.exists(path / name)}, key=os.fsencode)
@@ -59,22 +71,17 @@ def find_files(stream: str, root: str, include: Sequence[str], exclude: Sequence
         InputFile(name=_printable(name), path=path / name, stamp=Stamp.of(path / name))
         for name in set(names).difference(dangling)
     ]
-    if not files and not dangling:
-        raise DataError(
-            f"stream '{stream}': no file in {path} matches {', '.join(include)}"
-            + (f" less {', '.join(exclude)}" if exclude else ""),
-            hint=f"set data.streams[{stream}].source.include to patterns of the files that are there",
-        )
     return Found(
         files=tuple(sorted(files, key=lambda file: os.fsencode(file.name))),
         dangling=tuple((_printable(name), path / name) for name in dangling),
     )
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]], unwanted: Sequence[re.Pattern[str]]) -> Iterator[str]:
     """Names of all regular files and dangling links below ``folder``.
 
-    ``above`` are the folders being walked, so that a link to one ends there.
+    ``above`` are the folders being walked, so that a link to one ends there. Raises ``DataError`` for a folder that may not be
+    read, unless ``unwanted`` leaves out all that may be in it.
     """
     status = folder.stat()
     key = (status.st_dev, status.st_ino)
@@ -83,12 +90,15 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
     try:
         entries = list(os.scandir(folder))
     except PermissionError:
-        raise DataError("the folder cannot be read", where=str(folder), hint="give yourself the right, or exclude it") from None
+        if any(pattern.fullmatch(f"{prefix}any/file") for pattern in unwanted):
+            return
+        hint = "give yourself the right" + (f", or set the source's exclude to ['{prefix}**']" if prefix else "")
+        raise DataError("the folder cannot be read", where=str(folder), hint=hint) from None
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
             yield prefix + entry.name
         elif entry.is_dir():
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {key})
+            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {key}, unwanted)
         elif entry.is_file() and stat.S_ISREG(entry.stat().st_mode):
             yield prefix + entry.name
 

@@ -95,6 +95,7 @@ def open_json(stream: str, source: JsonSource, root: str, digests: DigestCache) 
             error = None
         except BadRecordError as bad:
             error = bad
+            error.source = f"{file.name}:{bad.line}" if bad.line else file.name  # file.json#1 is its first record, not its line
         rest = file.stamp.size - start
         yield RecordsPiece(name=file.name, path=file.path, num_bytes=rest, spans=tuple(spans), shape=source.shape)
         if error is not None:

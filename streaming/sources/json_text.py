@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,8 +59,8 @@ def _too_deep() -> BadRecordError:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRecordError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' comes twice in one object")
+        counts = Counter(key for key, _ in pairs)
+        raise BadRecordError(f"the key '{next(key for key in counts if counts[key] > 1)}' comes twice in one object")
     return value
 
 

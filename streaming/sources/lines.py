@@ -20,7 +20,7 @@ _ZSTD_STEP_BYTES = 1024
 _SHOWN_BYTES = 64 * 1024
 """What is kept of a line that is too long."""
 
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+_COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def line_blocks(path: Path) -> Iterator[LineBlock]:
 
     Raises ``BadRecordError`` after the last whole line that can be read where the compressed stream is damaged.
     """
-    keep = path.suffix in COMPRESSED_SUFFIXES
+    keep = _suffix(path) in _COMPRESSED
     line, start = 1, 0
     with _Text(path) as text:
         while head := text.read(UNIT_BYTES):
@@ -85,7 +85,7 @@ def line_blocks(path: Path) -> Iterator[LineBlock]:
 
 def text_bytes(path: Path) -> int:
     """Size of the file's text after decompression. Raises ``BadRecordError`` where the compressed stream is damaged."""
-    if path.suffix not in COMPRESSED_SUFFIXES:
+    if _suffix(path) not in _COMPRESSED:
         return path.stat().st_size
     with _Text(path) as text:
         num_bytes = sum(len(chunk) for chunk in iter(lambda: text.read(_READ_BYTES), b""))
@@ -159,10 +159,14 @@ class _Text:
             return b""
 
 
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    if _suffix(path) == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".zst":
+    if _suffix(path) == ".zst":
         return cast(BinaryIO, io.BufferedReader(_ZstdFile(path), _READ_BYTES))
     return open(path, "rb")
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class RowsPiece:
     def read(self) -> Iterator[Document | BadRecordError]:
         with _opened(self.path) as file:
             position = 0
-            for batch in _batches(file, self.groups, self.shape):
+            for batch in _batches(file, self.groups, needed_keys(self.shape)):
                 start, stop = max(self.skip - position, 0), min(self.skip + self.num_rows - position, len(batch))
                 if start < stop:
                     yield from self._records(batch.slice(start, stop - start), self.first_row + position + start)
@@ -87,6 +88,18 @@ def open_parquet(stream: str, source: ParquetSource, root: str, digests: DigestC
         check=partial(_check, source.shape),
         text_bytes=_text_bytes,
     )
+
+
+def first_records(path: Path, count: int) -> tuple[list[str], list[dict[str, Any] | BadRecordError]]:
+    """The columns that are not binary, and as many of the first rows as plain JSON values, or why one cannot be read.
+
+    Raises ``BadRecordError`` where the file is no Parquet.
+    """
+    with _opened(path) as file:
+        names = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
+        groups = tuple(range(file.metadata.num_row_groups))
+        rows = islice((row for batch in _batches(file, groups, ()) for row in _rows(batch)), count)
+        return names, [BadRecordError(str(row)) if isinstance(row, Exception) else _record(row, ()) for row in rows]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -159,9 +172,9 @@ def _cut(shape: Shape, file: InputFile) -> Iterator[Piece]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _batches(file: pq.ParquetFile, groups: tuple[int, ...], shape: Shape) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, groups: tuple[int, ...], named: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     """The rows of some groups in batches of bounded memory. Raises ``BadRecordError`` where they cannot be read further."""
-    columns = _columns(file.schema_arrow, needed_keys(shape))
+    columns = _columns(file.schema_arrow, named)
     batches = file.iter_batches(_batch_rows(file.metadata, groups), row_groups=list(groups), columns=columns, use_threads=False)
     while True:
         try:
@@ -196,7 +209,9 @@ def _columns(schema: pa.Schema, named: tuple[str, ...]) -> list[str]:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
+    types = pa.types
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:

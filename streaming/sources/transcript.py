@@ -78,7 +78,10 @@ def _segment(segment: Any, number: int) -> Cue:
         times, unit = (offsets.get("from"), offsets.get("to")), 1000
     else:
         times, unit = (segment.get("start"), segment.get("end")), 1
-    seconds = [round(time / unit, 3) for time in times if isinstance(time, int | float) and not isinstance(time, bool)]
+    try:
+        seconds = [round(time / unit, 3) for time in times if isinstance(time, int | float) and not isinstance(time, bool)]
+    except OverflowError:  # an integer beyond a float
+        seconds = []
     if len(seconds) != 2:
         raise BadRecordError(f"it is no transcript of Whisper: segment {number} has no start and end")
     speaker = segment.get("speaker")

@@ -14,7 +14,7 @@ from outgrow.recipes.schema.sources import YamlSource
 from outgrow.streaming.sources.document import BadRecordError, Document
 from outgrow.streaming.sources.encoding import read_text
 from outgrow.streaming.sources.text import encoding_meta
-from outgrow.streaming.sources.yaml_nodes import Expander, YamlDocument, line_of, plain, read_documents, rendered
+from outgrow.streaming.sources.yaml_nodes import Expander, YamlDocument, is_null, line_of, plain, read_documents, rendered
 
 _BACKQUOTES = re.compile(r"`{3,}")
 
@@ -41,13 +41,18 @@ class YamlReader:
                 except BadRecordError as bad:
                     yield bad
 
-    def _documents(self, item: YamlDocument, root: yaml.Node, name: str, meta: dict[str, Any]) -> Iterator[Document]:
+    def _documents(
+        self, item: YamlDocument, root: yaml.Node, name: str, meta: dict[str, Any]
+    ) -> Iterator[Document | BadRecordError]:
         expander = Expander()
         if not self.records:
             kept = {key: plain(expander.copy(value)) for key, value in self._kept(root).items()}
             yield Document(content=self._text(item.text), source=f"{name}#{item.line}", meta={**meta, **kept})
             return
         for node in map(expander.copy, self._records(root)):
+            if is_null(node):
+                yield BadRecordError("the item is null", reason="empty", line=line_of(node))
+                continue
             kept = {key: plain(value) for key, value in self._kept(node).items()}
             yield Document(content=self._text(rendered(node)), source=f"{name}#{line_of(node)}", meta={**meta, **kept})
 

@@ -138,6 +138,11 @@ def plain(node: yaml.Node) -> Any:
             return value if math.isfinite(value) else text
 
 
+def is_null(node: yaml.Node) -> bool:
+    """Whether a node holds nothing: ``null``, ``~``, or no value at all."""
+    return isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}null"
+
+
 def line_of(node: yaml.Node) -> int:
     """The line of the file in which a node begins, from 1."""
     return node.start_mark.line + 1 if node.start_mark else 0

@@ -6,8 +6,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from token_stores import Dataset
+from token_stores import Dataset, documents, make_dataset
 from training_jobs import CONFIG, TRAIN_WORKER, curve, job, records, two_streams
 
 from outgrow.cluster.local import run_local
@@ -55,6 +56,16 @@ def test_a_run_says_what_happened(dataset: Dataset, straight: RunResult) -> None
     assert straight.worker.validation_loss == records(dataset, "straight", "validation")[-1].loss
     assert saved_steps(dataset, "straight")[0] == STEPS
     assert straight.worker.checkpoint == "runs/straight/checkpoints/step-00000014"
+
+
+def test_a_step_in_which_nothing_is_learned_has_loss_0_and_ends_nothing(tmp_path: Path) -> None:
+    """Rows of prompts alone, as a long dialogue that rows divide may give."""
+    silent = [(tokens, np.zeros(len(tokens), np.float32)) for tokens, _ in documents(5, 40)]
+    dataset = make_dataset(tmp_path, {"a": (silent + documents(6, 3), ())})
+    spec = job(dataset, "silent", 60, batch={"rows": 1})
+    run(spec)
+    losses = [record.loss for record in records(dataset, "silent", "step")]
+    assert len(losses) == 60 and 0.0 in losses and any(losses)
 
 
 def test_going_on_is_bit_equal_to_going_straight_through(dataset: Dataset, straight: RunResult) -> None:

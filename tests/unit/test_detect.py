@@ -287,10 +287,25 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.bin", b"\0\1")
     text = render(detect(tmp_path / "in"))
     assert "streams: []" in text and "#   a.bin: no text of a kind that is read" in text
-    (tmp_path / "none").mkdir()
-    for path, message in ((tmp_path / "none", "the folder is empty"), (tmp_path / "gone", "there is no such file or folder")):
+    (tmp_path / "none" / "below").mkdir(parents=True)
+    for path, message in (
+        (tmp_path / "none", "the folder holds no file"),
+        (tmp_path / "gone", "there is no such file or folder"),
+    ):
         with pytest.raises(DataError, match=message):
             detect(path)
+    (tmp_path / "none" / "book.txt").symlink_to(tmp_path / "gone.txt")
+    assert "#   book.txt: a link that leads to no file" in render(detect(tmp_path / "none"))
+
+
+def test_parquet_is_looked_at_as_it_is_read(tmp_path: Path) -> None:
+    times = pa.array([1, 10**9 + 1], pa.timestamp("ns"))  # Python has no nanoseconds
+    pictures = pa.array([b"\xff" * 9] * 2, pa.binary_view())
+    pq.write_table(pa.table({"text": ["a", "b"], "time": times, "picture": pictures}), tmp_path / "a.parquet")
+    (stream,) = streams(detect(tmp_path)).values()
+    assert stream["source"]["shape"] == {"kind": "text"}
+    pq.write_table(pa.table({"time": times, "picture": pictures}), tmp_path / "a.parquet")
+    assert "a.parquet: no column of it is known; columns: time\n" in render(detect(tmp_path))
 
 
 def test_hostile_names_and_contents_stay_in_their_comments(tmp_path: Path) -> None:

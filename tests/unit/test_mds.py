@@ -163,6 +163,19 @@ def test_every_encoding_that_is_read_is_read_as_they_wrote_it(tmp_path: Path, en
         folder.column(0, "number")
 
 
+@pytest.mark.parametrize("elements", ["(1,i4", "O", "object", "i4,i4", "float128", "", "(" * 500])
+def test_elements_that_are_no_plain_numbers_are_refused(tmp_path: Path, elements: str) -> None:
+    write(tmp_path / "mds")
+    path = tmp_path / "mds/index.json"
+    index = json.loads(path.read_bytes())
+    at = index["shards"][0]["column_names"].index("tokens")
+    for shard in index["shards"]:
+        shard["column_encodings"][at] = f"ndarray:{elements}"
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match="column 'tokens' of sample 0 cannot be read: its elements are"):
+        MdsFolder(tmp_path / "mds").column(0, "tokens")
+
+
 @pytest.mark.parametrize("algorithm", ["sha1", "xxh64"])
 def test_a_foreign_folder_is_checked_by_the_hashes_that_it_declares(tmp_path: Path, algorithm: str) -> None:
     with _mosaic.MDSWriter(columns={"t": "bytes"}, out=str(tmp_path / "mds"), hashes=[algorithm]) as writer:

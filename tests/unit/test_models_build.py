@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from outgrow.errors import ModelError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
+from outgrow.streaming.render.named_templates import TEMPLATES
+from outgrow.streaming.render.templates import needed_tokens
 from outgrow.trainers.models.build import blocks, config_for, facts, meta_model
 from outgrow.trainers.models.checked import checked, remember
 from outgrow.trainers.models.probes import lively
@@ -161,8 +163,16 @@ class TestFolder:
         assert config_for(tagged, site, dataset).vocab_size == 97
         with pytest.raises(ModelError, match="tokenizer has 98 tokens, the model 96: the tokenizer is not the model's"):
             config_for(tagged, site, dataclasses.replace(dataset, vocab_size=98))
-        data["data"]["streams"][0]["chat"]["template"] = {"kind": "named", "name": "chatml"}
-        assert config_for(Recipe.model_validate(data), site, dataclasses.replace(dataset, vocab_size=99)).vocab_size == 99
+
+    @pytest.mark.parametrize(
+        "template", [*({"kind": "named", "name": name} for name in TEMPLATES), {"kind": "file", "path": "own.jinja"}]
+    )
+    def test_a_template_may_add_as_many_tokens_as_any_that_is_known(self, site: Site, template: dict[str, str]) -> None:
+        most = max(len(needed_tokens(text)) for text in TEMPLATES.values())
+        data = recipe(self.model).to_dict()
+        data["data"]["streams"][0]["chat"]["template"] = template
+        dataset = dataclasses.replace(CARD, vocab_size=96 + most, eos_token_id=0)
+        assert config_for(Recipe.model_validate(data), site, dataset).vocab_size == 96 + most
 
     def test_another_end_of_text_is_not_the_models(self, site: Site) -> None:
         dataset = dataclasses.replace(CARD, vocab_size=96)

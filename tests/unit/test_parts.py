@@ -36,11 +36,15 @@ def ends(monkeypatch: pytest.MonkeyPatch, inputs: list[Input], units: list[int],
     monkeypatch.setattr(parts, "_SHARDS_A_PART", 0)
     monkeypatch.setattr(parts, "PART_DOCUMENTS", 8)
     cut, done, part, count, found = PartCut(inputs, FORM), 0, 0, 0, []
+    resumed = PartCut(inputs, FORM)
     for number, size in enumerate(units):
         done, part, count = done + size, part + size, count + documents
-        if cut.is_full(part_bytes=part, part_documents=count, stream_bytes=done):
+        full = cut.is_full(part_bytes=part, part_documents=count, stream_bytes=done)
+        assert resumed.is_full(part_bytes=part, part_documents=count, stream_bytes=done) == full
+        if full:
             found.append(number)
             part = count = 0
+            resumed = PartCut(inputs, FORM)  # as of a build that was interrupted here
     return found
 
 

@@ -206,6 +206,15 @@ RECIPE_MISTAKES = [
         "        path: corpus\n      share: 0.5\n",
         "FILE:19: data.streams[0].share: all streams have a share, and they add up to 0.5; allowed: 1",
     ),
+    (  # 0.7 + 0.2 + 0.1 is a little less than 1 in floats
+        "        path: corpus\n",
+        "        path: corpus\n"
+        + "".join(
+            f"    - {{name: {name}, source: {{kind: text, path: {name}}}, share: {share}}}\n"
+            for name, share in (("a", 0.7), ("b", 0.2), ("c", 0.1))
+        ),
+        "FILE:21: data.streams[3].share: shares add up to 1 and leave nothing for the other streams; lower it",
+    ),
     (
         "        path: corpus\n",
         "        path: corpus\n      too_long: drop\n",

@@ -160,6 +160,20 @@ def test_roles_and_last_answers_are_those_of_the_slow_twin(make: Any, name: str,
         check(setting, ENDS[name], messages)
 
 
+def test_a_message_whose_own_weight_is_0_is_not_learned(make: Any) -> None:
+    setting = make("bytes", chat_stream("chatml"))
+    question = {"role": "user", "content": "Why?"}
+    messages = [
+        question,
+        {"role": "assistant", "content": "No.", "weight": 0},
+        question,
+        {"role": "assistant", "content": "Yes."},
+    ]
+    for talk in (messages, [{**message, "weight": 1} if "weight" not in message else message for message in messages]):
+        learned = shown(setting, render(setting, talk))
+        assert "[Yes.<|im_end|>]" in learned and learned.count("[") == 1
+
+
 WORDS = [
     "Hello",
     " ",

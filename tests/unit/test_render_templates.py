@@ -238,6 +238,7 @@ NOT_THE_PROMPT = BODY + "{% if add_generation_prompt %}<|im_start|>assistant\n<t
     ("template", "messages", "message"),
     [
         ("{{ raise_exception('No!') }}", [USER, ANSWER], "the chat template refuses it: No!"),
+        ("{% if false %}x{% endif %}", [USER, ANSWER], "writes nothing for it"),
         ("{{ messages[9].content }}", [USER, ANSWER], "refuses it: .*has no (element|object)"),
         ("{{ bos_token }}" + BODY, [USER, ANSWER], "it writes bos_token, which the tokenizer does not have"),
         ("{{ ''.__class__.__mro__ }}", [USER, ANSWER], "refuses it: access to attribute '__class__'"),

@@ -14,7 +14,7 @@ from outgrow.streaming.rows import SplitFacts
 from outgrow.streaming.store import StreamCounts
 
 
-def stream(*, learned: float = 1.0, tokens: int = 1000, **documents: int) -> StreamFacts:
+def stream(*, learned: float = 1.0, tokens: int = 1000, pairs: bool = False, **documents: int) -> StreamFacts:
     counts = {"training": 100, "held out": 1} | {name.replace("held_out", "held out"): n for name, n in documents.items()}
     built = StreamCounts(
         name="a",
@@ -24,7 +24,7 @@ def stream(*, learned: float = 1.0, tokens: int = 1000, **documents: int) -> Str
         validation_tokens=1,
         dropped={},
         cleaned=(),
-        pairs=False,
+        pairs=pairs,
         inputs=1,
         source_bytes=1,
     )
@@ -40,7 +40,7 @@ def stream(*, learned: float = 1.0, tokens: int = 1000, **documents: int) -> Str
     )
 
 
-def index(*, filled: float = 1.0, rows: int = 100) -> IndexFigures:
+def index(*, filled: float = 1.0, rows: int = 100, pairs: bool = False) -> IndexFigures:
     split = SplitFacts(
         name="a",
         documents=1,
@@ -50,7 +50,7 @@ def index(*, filled: float = 1.0, rows: int = 100) -> IndexFigures:
         cuts=1,
         cuts_at_borders=1,
         sequential=False,
-        pairs=False,
+        pairs=pairs,
         dropped={},
     )
     return IndexFigures(sequence_length=64, streams=(split,))
@@ -117,6 +117,13 @@ def test_rows_that_are_not_full_are_named() -> None:
     assert told(indexes=(index(filled=0.91),)) == []
     assert "rows of 64 of 'a' are 85% full" in only(told(indexes=(index(filled=0.85),)))
     assert told(indexes=(index(filled=0.5, rows=10),)) == []  # the last row of a few is seldom full
+
+
+def test_no_pair_is_to_be_split() -> None:
+    assert "too_long: split" in only(told(streams=(stream(too_long=2),)))
+    assert "split: anywhere" in only(told(indexes=(index(filled=0.5),)))
+    lines = told(streams=(stream(too_long=2, pairs=True),), indexes=(index(filled=0.5, pairs=True),))
+    assert len(lines) == 2 and not any("split" in line for line in lines), lines
 
 
 def test_text_that_is_read_too_often_is_named() -> None:

@@ -249,8 +249,7 @@ def test_facts_count_what_lies_in_rows(dataset: Dataset, index: RowIndex) -> Non
             assert own.tokens == sum(map(len, rows))
             assert own.documents == len({document for row in rows for document, _ in row})
             assert own.cuts == cuts
-            if own.name not in ("whole",):  # a row may hold a piece that was cut within a sentence before its end
-                assert own.cuts_at_borders == at_borders
+            assert own.cuts_at_borders == at_borders
             assert own.fewest_rows <= own.rows
             assert (own.sequential, own.pairs) == (own.name in ("lecture", "queue"), own.name == "pairs")
             too_long = sum(is_dropped(dataset, own.name, split, document) for document in range(len(docs)))
@@ -406,6 +405,13 @@ def test_a_stream_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     docs = [(np.full(40, 7), None), (np.full(50, 8), None)]
     with pytest.raises(DataError, match="'x' holds no document to train on; dropped: 2 too_long"):
         build_one(tmp_path, docs, split="never", too_long="drop")
+
+
+def test_a_stream_of_which_nothing_is_learned_is_refused(tmp_path: Path) -> None:
+    """Such as one whose ``chat.roles`` nobody plays: a step of its rows would have no loss."""
+    unlearned = [(np.full(9, 7), np.zeros(9, np.float32)), (np.full(40, 8), np.eye(1, 40, dtype=np.float32)[0])]
+    with pytest.raises(DataError, match="stream 'x': none of its 49 tokens is learned, for all loss weights are 0"):
+        build_one(tmp_path, unlearned)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

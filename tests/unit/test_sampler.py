@@ -93,7 +93,9 @@ def test_epochs_are_those_of_a_slow_twin_in_any_order_of_asking(global_rows: int
     shuffled = list(range(len(steps)))
     random.Random(0).shuffle(shuffled)
     other = Sampler([MIXED], mix, 3)
-    assert all(other.row_ids(step) == steps[step] and other.epoch(step) == step // mix.steps_per_epoch for step in shuffled)
+    assert all(
+        other.row_ids(step) == steps[step] and other.phase(step).epoch == step // mix.steps_per_epoch for step in shuffled
+    )
 
 
 def test_each_row_once_an_epoch_and_another_order_in_another_epoch_or_seed() -> None:
@@ -147,7 +149,7 @@ def test_a_stage_with_other_rows_is_numbered_in_its_own_index_and_goes_on_in_the
     assert before == rows_in_order(short.train[0], 3, 0)[:900]
     after = [row for step in range(100, 160) for row in sampler.row_ids(step) if row < 1000]
     assert after == rows_in_order(long.train[0], 3, 0)[450 : 450 + len(after)]
-    assert (sampler.phase(99).index, sampler.phase(100).index, sampler.epoch(100)) == (0, 1, 0)
+    assert (sampler.phase(99).index, sampler.phase(100).index, sampler.phase(100).epoch) == (0, 1, 0)
     window_of = [int(np.searchsorted([200, 500, 800], row, "right")) for row in after]
     assert window_of[0] == np.searchsorted([400, 1000, 1600], before[-1], "right")
     assert {row - 1000 for step in range(100, 300) for row in sampler.row_ids(step) if row >= 1000} == set(range(50))

@@ -176,6 +176,7 @@ def test_a_file_whose_records_cannot_be_told_apart(
     found = everything(source)
     assert isinstance(found[-1], Dropped) and found[-1].reason in ("malformed", "undecodable")
     assert all(isinstance(item, Document) for item in found[:-1])
+    assert found[-1].source == f"a.json{where}"  # not that of a record
     assert sum(unit.num_bytes for unit in source.units()) == source.inputs[0].text_bytes
 
 

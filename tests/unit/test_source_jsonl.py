@@ -20,6 +20,7 @@ from outgrow.streaming.sources.lines import line_blocks
 
 
 def compressed(name: str, data: bytes) -> bytes:
+    name = name.lower()
     if name.endswith(".gz"):
         return gzip.compress(data[:1000], mtime=0) + gzip.compress(data[1000:], mtime=0)
     if name.endswith(".zst"):
@@ -47,14 +48,14 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ", "A.JSONL.ZST"])
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_lines_come_once_each_in_order_with_their_numbers(folder: Path, name: str, end: str) -> None:
     values = [{"text": f"line {i} " + "x" * (i * 7 % 90), "id": i} for i in range(200)]
     values[50]["text"] = "long " * 700
     data = "\n".join(json.dumps(value) for value in values) + end
     (folder / name).write_bytes(compressed(name, data.encode()))
-    source = opened(folder.parent, folder, kind="jsonl")
+    source = opened(folder.parent, folder, kind="jsonl", include=("*",))
     assert everything(source) == [
         Document(content=str(value["text"]), source=f"{name}#{i}", meta={"id": value["id"]})
         for i, value in enumerate(values, 1)
@@ -137,6 +138,12 @@ def test_a_bad_line_is_named_or_left_out(folder: Path, line: bytes, reason: str)
         assert isinstance(bad, Dropped) and bad.reason == "malformed" and bad.detail in message
         assert bad.content == (line.decode(errors="replace")[: 64 * 1024] if on_error == "quarantine" else "")
         assert found[3] == Document(content="\U0001f600", source="b.jsonl#4")
+
+
+def test_a_key_that_comes_twice_among_many_is_found_in_good_time(folder: Path) -> None:
+    keys = [f'"k{i}": 1' for i in range(200_000)]
+    (folder / "a.jsonl").write_text("{" + ", ".join([*keys, keys[-1]]) + "}")
+    refused(folder.parent, folder, "the key 'k199999' comes twice", kind="jsonl")  # minutes where each is looked for among all
 
 
 def test_what_is_deep_or_odd_and_fits_is_kept(folder: Path) -> None:

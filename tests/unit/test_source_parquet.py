@@ -86,6 +86,7 @@ def test_columns_become_plain_json_values(folder: Path) -> None:
         "duration": pa.array([1_500_000_001], pa.duration("ns")),
         "decimal": [Decimal("1.50")],
         "raw": [b"\xff"],
+        "view": pa.array([b"\xff"], pa.binary_view()),
         "picture": [{"bytes": b"\xff", "path": "p"}],
         "only": [{"bytes": b"\xff"}],
         "deep": [[{"x": [1.0, float("nan")], "y": {"z": day}, "raw": b"x"}]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opened_sources import dropped, everything, kept, opened, refused, texts
@@ -101,6 +102,23 @@ def test_a_link_that_leads_nowhere_is_named_or_counted(tmp_path: Path, kind: str
         opened(tmp_path, root, kind=kind, include=["*.x"], exclude=["gone.*", "loop.*"])
     with pytest.raises(DataError, match="all that matches are links that lead nowhere"):
         opened(tmp_path, root, kind=kind, include=["gone.*"], on_error="skip")
+
+
+def test_a_folder_that_may_not_be_read_stops_unless_it_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "lost+found").mkdir()
+    (folder / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if Path(path).name == "lost+found":  # whoever runs the tests may be allowed to read everything
+            raise PermissionError
+        return scan(path)
+
+    monkeypatch.setattr("outgrow.streaming.sources.files.os.scandir", scandir)
+    for exclude in ((), ("lost+found/*",)):  # what may lie deeper is not left out
+        message = refused(folder.parent, folder, "the folder cannot be read", kind="text", exclude=exclude)
+        assert "['lost+found/**']" in message
+    assert texts(opened(folder.parent, folder, kind="text", exclude=("lost+found/**",))) == ["a"]
 
 
 def test_missing_and_empty_sources_are_refused(folder: Path) -> None:

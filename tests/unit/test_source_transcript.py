@@ -162,6 +162,7 @@ def test_the_encoding_is_detected(tmp_path: Path) -> None:
         ("a.json", '{"segments": [{"start": 0, "end": 1}]}', "segment 0 has no text", 0),
         ("a.json", '[{"start": 0, "end": "1", "text": "a"}]', "segment 0 has no start and end", 0),
         ("a.json", '[{"start": 0, "end": true, "text": "a"}]', "segment 0 has no start and end", 0),
+        ("a.json", '[{"start": 0, "end": %s, "text": "a"}]' % ("9" * 400), "segment 0 has no start and end", 0),
         ("a.srt", "", "it holds no subtitles", 0),
         ("a.srt", "\n\nhello\n", "text before the first time code", 3),
         ("a.srt", "1\n00:00:01,000 -> 00:00:02,000\na", "text before the first time code", 2),

@@ -131,6 +131,13 @@ def test_items_may_be_nested_long_plain_or_share_parts(path: Path) -> None:
     assert [body(document) for document in found] == [long.strip(), "[1, 2]", "u: {x: 1}\nv: {x: 1}\n<<: {x: 1}"]
 
 
+def test_items_that_are_null_are_counted_as_empty(path: Path) -> None:
+    found = documents(path, "scenes:\n- a\n-\n- ~\n- 'null'\n", records="scenes", fence=False)
+    bad = [item for item in found if isinstance(item, BadRecordError)]
+    assert [(item.reason, item.line) for item in bad] == [("empty", 3), ("empty", 4)]
+    assert [body(item) for item in found if item not in bad] == ["a", "'null'"]
+
+
 @pytest.mark.parametrize(
     ("text", "records", "message", "line"),
     [

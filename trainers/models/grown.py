@@ -13,18 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from outgrow.recipes.schema.data import Data
-from outgrow.recipes.schema.streams import NamedTemplate
+from outgrow.recipes.schema.streams import TokenizerTemplate
 from outgrow.trainers.models.weights import FolderWeights, row_parts
 from outgrow.trainers.regions import Region
 
-_TOKENS_OF_A_TEMPLATE = 8
-"""No chat template that outgrow knows needs more."""
+_TOKENS_OF_A_TEMPLATE = 32
+"""No chat template that outgrow knows needs a third of them; how many one of the user's names is not known here."""
 
 
 def most_added_tokens(data: Data) -> int:
     """How many tokens a recipe may add to its tokenizer at most; a tokenizer that has still more is another one."""
     tags = {stream.tag for stream in data.streams if stream.tag}
-    templates = {stream.chat.template.name for stream in data.streams if isinstance(stream.chat.template, NamedTemplate)}
+    templates = {stream.chat.template for stream in data.streams if not isinstance(stream.chat.template, TokenizerTemplate)}
     return len(tags) + _TOKENS_OF_A_TEMPLATE * len(templates)
 
 
