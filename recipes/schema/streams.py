@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -78,9 +79,12 @@ class Filter(Section):
     max_chars: int = Field(default=0, ge=0)
     """Most characters of a document; 0 for no limit."""
     languages: tuple[str, ...] = ()
-    """Languages to keep, as ISO 639-1 codes (``ru``, ``en``); empty keeps all."""
+    """Languages to keep, as ISO 639-1 codes of two letters (``ru``, ``en``); empty keeps all."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
+        for index, code in enumerate(self.languages):
+            if not re.fullmatch("[a-z]{2}", code):
+                yield f"languages[{index}]", f"given '{code}'; allowed: ISO 639-1 codes of two lower-case letters, such as ru"
         if self.max_chars and self.max_chars < self.min_chars:
             yield "max_chars", f"{self.max_chars} is less than min_chars ({self.min_chars}); raise it, or set 0 for no limit"
 

@@ -242,6 +242,12 @@ RECIPE_MISTAKES = [
     ),
     (
         "        path: corpus\n",
+        "        path: corpus\n      filter: {languages: [ru, rus]}\n",
+        "FILE:19: data.streams[0].filter.languages[1]: given 'rus'; "
+        "allowed: ISO 639-1 codes of two lower-case letters, such as ru",
+    ),
+    (
+        "        path: corpus\n",
         "        path: corpus\n  stages:\n    - {shares: {code: 0.5}}\n",
         "FILE:20: data.stages[0].shares: they add up to 0.5; allowed: 1",
     ),
