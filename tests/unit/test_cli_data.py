@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -110,3 +113,33 @@ def test_streams_are_proposed_for_what_is_there(tmp_path: Path, capsys: pytest.C
     assert stream["source"]["kind"] == "text"
     code, _, err = run(capsys, "detect", str(tmp_path / "nothing"))
     assert code == 2 and "there is no such file or folder" in err
+
+
+def test_a_build_on_ray_takes_all_cpus_of_the_cluster(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which cluster, and how many processes; that the map itself works is seen on a real cluster."""
+    from outgrow.cluster.ray_cluster import Node, RayCluster, Target
+    from outgrow.streaming.pool import ordered_map
+
+    asked: list[int] = []
+    nodes = tuple(Node(id=name, name=name, cpus=3, gpus=0) for name in "ab")
+
+    def ray_map(make_work: Any, items: Any, processes: int) -> Any:
+        asked.append(processes)
+        return ordered_map(make_work, items, 1)
+
+    @contextmanager
+    def connect(target: Target, cluster: object, **cpus_and_gpus: int) -> Iterator[RayCluster]:
+        yield RayCluster(address="10.0.0.1:6379", embedded=False, nodes=nodes)
+
+    monkeypatch.setattr("outgrow.cluster.ray_cluster.locate", lambda _: Target(address="10.0.0.1:6379", reason="named"))
+    monkeypatch.setattr("outgrow.cluster.ray_cluster.connect", connect)
+    monkeypatch.setattr("outgrow.cluster.ray_map.ray_map", ray_map)
+    monkeypatch.setattr("outgrow.streaming.build.UNIT_BYTES", 10)
+    site = yaml.safe_load((tmp_path / "site.yaml").read_text()) | {"build_processes": "auto"}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    code, out, _ = run(capsys, "build", "--ray", *files)
+    assert code == 0 and asked == [6]
+    assert "using the Ray cluster at 10.0.0.1:6379 (named)" in out and "built dataset" in out
+    assert "nothing to do" in run(capsys, "build", *files)[1]

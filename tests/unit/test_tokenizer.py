@@ -237,14 +237,33 @@ def test_marks_are_where_their_tokens_begin(
     kinds: dict[str, TextTokenizer], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slow twin reads the offsets of all tokens."""
-    monkeypatch.setattr(stretches, "PIECE_CHARS", 100)
     tokenizer = kinds[kind]
-    for written in (TEXTS[0][:150], " Привет, мир! 你好 </s> x", "", "a"):
+    for written in (TEXTS[0][:150], " Привет, мир!\n\n  你好 🙂 x", "assistant\n\nHello \n\n there", "", "a"):
         marks = tuple(range(len(written) + 1))
         (made,) = tokenizer.encode_stretches([Stretch(written, marks=marks)])
-        assert made.marks == sorted(made.marks) and made.marks[0] == 0 and made.marks[-1] == len(made.token_ids)
-        assert made.token_ids == tokenizer.encode_stretches([Stretch(written)])[0].token_ids
-        if len(written) <= 100 and "</s>" not in written:
-            offsets = tokenizer._tokenizer.encode(written, add_special_tokens=False).offsets
-            starts = [next((n for n, (start, _) in enumerate(offsets) if start >= mark), len(offsets)) for mark in marks]
-            assert made.marks == [0, *starts[1:]]
+        encoding = tokenizer._tokenizer.encode(written, add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        assert made.token_ids.tolist() == encoding.ids
+        assert made.marks == [
+            next((n for n, start in enumerate(starts) if start >= mark and mark), 0 if not mark else len(starts))
+            for mark in marks
+        ]
+        monkeypatch.setattr(stretches, "PIECE_CHARS", 30)
+        (pieced,) = tokenizer.encode_stretches([Stretch(written, marks=marks)])
+        monkeypatch.undo()
+        if pieced.token_ids == made.token_ids:
+            assert pieced.marks == made.marks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_spelled_out_in_text(kinds: dict[str, TextTokenizer], kind: str) -> None:
+    tokenizer = kinds[kind]
+    special = {
+        token.content: number for number, token in tokenizer.added_tokens.items() if token.special and token.content != "<unk>"
+    }
+    written = "a" + "".join(special) + "b " + " ".join(special) + "".join(special) * 3
+    (made,) = tokenizer.encode_stretches([Stretch(written, marks=(1, 5, 20))])
+    assert not set(special.values()) & set(made.token_ids)
+    assert tokenizer.decode(np.array(made.token_ids)).strip() == written
+    (whole,) = tokenizer.encode([written])
+    assert whole.tolist() == [*made.token_ids, tokenizer.eos_token_id]
