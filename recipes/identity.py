@@ -7,9 +7,12 @@ run whose learning rate was changed on request stays the same run.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+from pydantic import ValidationError
 
 from outgrow import storage
 from outgrow.recipes.schema import Recipe
@@ -89,7 +92,12 @@ def fingerprint(recipe: Recipe, data_fingerprint: str) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    """What changed from ``old`` to ``new``, both as ``Recipe.to_dict`` gives them, in the order of the recipe."""
+    """What changed from ``old`` to ``new``, both as ``Recipe.to_dict`` gives them, in the order of the recipe.
+
+    A key that came into the schema after ``old`` was written counts as its default there.
+    """
+    with contextlib.suppress(ValidationError):  # written before a key was renamed: compared as it is
+        old = Recipe.model_validate(old).to_dict()
     return [
         Difference(key=key_text(path), old=before, new=after, verdict=verdict, why=why)
         for path, before, after in _changes(old, new, ())

@@ -23,6 +23,9 @@ _CLOSES = re.compile(rf"[{re.escape(_CLOSERS)}]+$")
 _MOST_CLOSERS = 2
 """Tokens of closing quotes and brackets after the token that ends a sentence."""
 
+_AT_ONCE = 2**20
+"""Tokens that are looked at together, so that a document of any length takes some megabytes."""
+
 _SENTENCE, _LINE, _CLOSER, _SPACED, _FRESH = 1, 2, 4, 8, 16
 """Ends a sentence; ends a line; closes quotes or brackets; begins with white space; may begin a line."""
 
@@ -39,13 +42,22 @@ class SentenceBorders:
 
     def find(self, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
         """int32 [k]: numbers of the tokens with which a sentence or line begins, ascending, never 0."""
+        overlap = 1 + _MOST_CLOSERS  # as far back as what begins with a token depends on the tokens before it
+        found = [np.empty(0, np.int32)]
+        for start in range(0, len(tokens), _AT_ONCE):
+            first = max(0, start - overlap)
+            begins = first + self._find(tokens[first : start + _AT_ONCE])
+            found.append(begins[begins >= start].astype(np.int32))
+        return np.concatenate(found)
+
+    def _find(self, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
         signs = self._table[tokens]
         before, after = signs[:-1], signs[1:]
         ends = before & _SENTENCE
         for _ in range(_MOST_CLOSERS):
             ends[1:] |= ends[:-1] & (before[1:] >> 2)
         begins = (ends & (after >> 3)) | ((before >> 1) & (after >> 4) & 1)
-        return (np.flatnonzero(begins) + 1).astype(np.int32)
+        return np.flatnonzero(begins) + 1
 
 
 def _signs(text: str) -> int:

@@ -22,6 +22,7 @@ ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "saig
 AFTER_THINKING = "</think>\n\n"
 
 TEXTS = [text(seed, 200) for seed in range(8)] + [
+    "assistant\n\n Hello\n  Hi\n\n\n  there\n\n" * 40,  # tokens that reach from a header into a content
     "Привет, мир! Как дела? Хорошо, спасибо. «Да», — сказал он… It's 12345 tokens:\n\n\tand  some   spaces\n",
     'system user assistant tool think <think>\n</think> {"name": "get", "arguments": {"city": "Paris"}} [INST] [/INST]\n',
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯ абвгдеёжзийклмнопрстуфхцчшщъыьэюя",
@@ -35,7 +36,7 @@ unigram model, which has its special tokens as pieces like any other."""
 def make_tokenizer(kind: str, folder: Path) -> Path:
     """A small tokenizer of one of ``KINDS``, saved as transformers saves one."""
     if kind == "bytes":
-        train(TEXTS * 3, 450, folder)
+        train(TEXTS * 3, 520, folder)
         return folder
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if kind == "unigram":

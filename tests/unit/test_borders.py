@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slow_render import KINDS, make_tokenizer
 
+from outgrow.streaming import borders
 from outgrow.streaming.borders import SentenceBorders
 from outgrow.streaming.tokenizer import TextTokenizer
 
@@ -61,6 +62,10 @@ def test_borders_are_those_of_the_slow_twin(tokenizers: dict[str, TextTokenizer]
     found = SentenceBorders(tokenizer).find(tokens)
     assert found.dtype == np.int32
     assert found.tolist() == slow_borders(pieces(tokenizer, tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        for at_once in (1, 4):  # a slice that begins anywhere
+            patch.setattr(borders, "_AT_ONCE", at_once)
+            assert SentenceBorders(tokenizer).find(tokens).tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)

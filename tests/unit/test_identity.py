@@ -146,3 +146,13 @@ def test_a_changed_kind_and_a_changed_list_are_shown() -> None:
 
 def test_no_difference_between_equal_recipes() -> None:
     assert differences(recipe().to_dict(), recipe().to_dict()) == []
+
+
+def test_a_key_of_a_later_version_counts_as_its_default_in_an_older_recipe() -> None:
+    old, new = recipe().to_dict(), recipe().to_dict()
+    del old["data"]["duplicates"], old["data"]["streams"][0]["clean"]
+    assert differences(old, new) == []
+    new["data"]["duplicates"]["remove"] = "exact"
+    assert [difference.key for difference in differences(old, new)] == ["data.duplicates.remove"]
+    old["batch"]["rows"] = 0
+    assert "batch.rows" in [difference.key for difference in differences(old, new)], "no recipe of today: compared as it stands"

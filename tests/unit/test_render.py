@@ -273,6 +273,14 @@ def test_what_is_learned_to_the_letter(make: Any) -> None:
     assert shown(mistral, render(mistral, [user("Q"), assistant("A")])) == "<s>[INST] Q[/INST][ A</s>]"
 
 
+def test_a_token_that_begins_in_the_prompt_belongs_to_it(make: Any) -> None:
+    setting = make("bytes", chat_stream("chatml"))
+    made = check(setting, ENDS["chatml"], [user("Q"), assistant("\n A")])
+    texts = setting.tokenizer.token_texts()
+    (at,) = [at for at, token in enumerate(made.tokens.tolist()) if texts[token] == "\n\n"]  # of the header and of the content
+    assert made.weights is not None and made.weights[at : at + 2].tolist() == [0, 1]
+
+
 def test_system_prompts_are_kept_dropped_or_added(make: Any) -> None:
     plain, own = [user("Q"), assistant("A")], [system("S"), user("Q"), assistant("A")]
     texts = {}

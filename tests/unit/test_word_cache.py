@@ -64,7 +64,7 @@ def assert_equal(tokenizers: tuple[CachingTokenizer, TextTokenizer], texts: list
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(parts=st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=40))
 def test_the_same_tokens_for_any_text(kind: str, both: Any, parts: list[str]) -> None:
     assert both[kind][0]._word_pattern is not None

@@ -33,7 +33,8 @@ def quickstart(
     _command("data", "build", str(shown), *words)
     opened = open_recipe(path, (), site)
     _check_held_out(opened)
-    _command("train", str(shown), "--workers", str(_WORKERS), *words)
+    fresh = ["--fresh"] if _learned_otherwise(opened) else []
+    _command("train", str(shown), "--workers", str(_WORKERS), *fresh, *words)
     card, folder = _trained(opened)
     name = folder.rpartition("/")[2]
     exported = Path(opened.site.cache) / "exports" / f"{name}-step-{_last_records(opened, folder)[0].step}"
@@ -58,6 +59,21 @@ def _check_held_out(opened: Opened) -> None:
     card = find(opened.recipe, opened.site)
     if card is not None and not card.validation_rows:
         raise DataError("no document is held out for validation", hint="raise data.validation_fraction, or add documents")
+
+
+def _learned_otherwise(opened: Opened) -> bool:
+    """Whether there is a run of this name that an earlier version of outgrow, or of Python's library, made of other rows."""
+    from outgrow.cluster.runs import choose
+    from outgrow.errors import RunError
+    from outgrow.streaming.build import find
+
+    card = find(opened.recipe, opened.site)
+    assert card is not None
+    try:
+        choose(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False)
+    except RunError:
+        return True
+    return False
 
 
 def _trained(opened: Opened) -> tuple[DatasetCard, str]:
