@@ -45,8 +45,8 @@ class Duplicates(Section):
     similarity: float = Field(default=0.8, gt=0, lt=1)
     """Jaccard similarity from which two texts are near-duplicates."""
     across: Literal["streams", "stream"] = "streams"
-    """Whether documents of all ``streams`` are compared, or those of each ``stream`` by itself; held-out ones are compared
-    with all either way."""
+    """Whether documents of all ``streams`` are compared, or those of each ``stream`` by itself; training documents are
+    compared with the held-out ones of all streams either way."""
 
 
 class Stage(Section):

@@ -55,7 +55,7 @@ class Site(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What ranks compute on; ``auto``: GPUs where there are any."""
     build_processes: Auto | Positive = "auto"
-    """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core."""
+    """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core, with ``--ray`` one a CPU of the cluster."""
 
     @field_validator("storage_options")
     @classmethod

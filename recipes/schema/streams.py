@@ -107,7 +107,8 @@ class NamedTemplate(Section):
 
 
 class FileTemplate(Section):
-    """A Jinja chat template of your own."""
+    """A Jinja chat template of your own; it may begin with ``{#- special tokens: <|a|> <|b|> -#}``, which are added to the
+    tokenizer."""
 
     kind: Literal["file"]
     path: SourceName

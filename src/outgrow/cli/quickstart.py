@@ -29,12 +29,11 @@ def quickstart(
     path = recipe or Path(str(files("outgrow.recipes") / "presets" / "quickstart.yaml")).resolve()
     words = ["--site", str(site)] if site else []
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    _command("plan", str(shown), "--workers", str(_WORKERS), *words)
-    _command("data", "build", str(shown), *words)
     opened = open_recipe(path, (), site)
+    _command("plan", str(shown), "--workers", str(_WORKERS), *_fresh(opened), *words)
+    _command("data", "build", str(shown), *words)
     _check_held_out(opened)
-    fresh = ["--fresh"] if _learned_otherwise(opened) else []
-    _command("train", str(shown), "--workers", str(_WORKERS), *fresh, *words)
+    _command("train", str(shown), "--workers", str(_WORKERS), *_fresh(opened), *words)
     card, folder = _trained(opened)
     name = folder.rpartition("/")[2]
     exported = Path(opened.site.cache) / "exports" / f"{name}-step-{_last_records(opened, folder)[0].step}"
@@ -61,19 +60,19 @@ def _check_held_out(opened: Opened) -> None:
         raise DataError("no document is held out for validation", hint="raise data.validation_fraction, or add documents")
 
 
-def _learned_otherwise(opened: Opened) -> bool:
-    """Whether there is a run of this name that an earlier version of outgrow, or of Python's library, made of other rows."""
+def _fresh(opened: Opened) -> list[str]:
+    """``--fresh`` where an earlier version of outgrow, or of Python's library, made a run of this name from other rows."""
     from outgrow.cluster.runs import choose
     from outgrow.errors import RunError
     from outgrow.streaming.build import find
 
     card = find(opened.recipe, opened.site)
-    assert card is not None
     try:
-        choose(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False)
+        if card is not None:
+            choose(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False)
     except RunError:
-        return True
-    return False
+        return ["--fresh"]
+    return []
 
 
 def _trained(opened: Opened) -> tuple[DatasetCard, str]:
