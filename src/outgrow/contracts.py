@@ -127,10 +127,6 @@ class DatasetCard(Record):
     bytes: int
     indexes: tuple[IndexCard, ...]
 
-    def index_of(self, sequence_length: int) -> IndexCard:
-        """The index of that length of rows."""
-        return next(index for index in self.indexes if index.sequence_length == sequence_length)
-
     @property
     def sequence_length(self) -> int:
         return self.indexes[0].sequence_length
