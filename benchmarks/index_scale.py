@@ -29,11 +29,11 @@ from token_stores import Dataset, data_of  # noqa: E402
 from outgrow.contracts import DatasetCard, IndexCard, Layout, StreamCard  # noqa: E402
 from outgrow.recipes.mix import Mix  # noqa: E402
 from outgrow.storage import digest, file_digest  # noqa: E402
-from outgrow.streaming.manifest import commit  # noqa: E402
+from outgrow.streaming.manifest import INDEX_MANIFEST, STORE_MANIFEST, commit  # noqa: E402
 from outgrow.streaming.row_cuts import Borders  # noqa: E402
 from outgrow.streaming.row_files import WindowTable, rows_file, save_table, windows_file  # noqa: E402
 from outgrow.streaming.row_windows import Window, lay  # noqa: E402
-from outgrow.streaming.rows import INDEX_MANIFEST, STORE_MANIFEST, IndexFacts, RowIndex, SplitFacts, StreamRows  # noqa: E402
+from outgrow.streaming.rows import IndexFacts, RowIndex, SplitFacts, StreamRows  # noqa: E402
 from outgrow.streaming.sampler import Sampler  # noqa: E402
 from outgrow.streaming.shards import SHARDS, ShardEntry, ShardTable, shard_name  # noqa: E402
 from outgrow.streaming.steps import IndexPlace, ReadPlan, StepReader  # noqa: E402

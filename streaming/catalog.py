@@ -13,10 +13,9 @@ from outgrow.contracts import DatasetCard
 from outgrow.recipes.schema import Recipe
 from outgrow.storage import Storage, fingerprint
 from outgrow.streaming import row_building
-from outgrow.streaming.manifest import FILES, MARKER, folders, read_manifest
-from outgrow.streaming.rows import INDEX_MANIFEST
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, MARKER, STORE_MANIFEST, folders, read_manifest
 from outgrow.streaming.shards import every_file
-from outgrow.streaming.store import FORMAT, MANIFEST
+from outgrow.streaming.store import FORMAT
 
 
 def index_identities(recipe: Recipe, identity: str) -> tuple[str, ...]:
@@ -71,7 +70,7 @@ def stored_bytes(folder: Path) -> int:
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files of a committed folder, its manifest and, last, its marker."""
-    manifest = MANIFEST if (folder / MANIFEST).is_file() else INDEX_MANIFEST
+    manifest = STORE_MANIFEST if (folder / STORE_MANIFEST).is_file() else INDEX_MANIFEST
     digests = read_manifest(folder, manifest)[FILES]
     for name, _ in every_file(digests, lambda name: (folder / name).read_bytes()):
         yield folder / name

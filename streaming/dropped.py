@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -21,11 +21,11 @@ from outgrow.recipes.schema.site import Site
 from outgrow.storage import file_digest
 from outgrow.streaming.document_table import DocumentTable, read_tables
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.fetch import local_dataset
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.fetch import index_folder, local_dataset
+from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.parts import DROPPED
 from outgrow.streaming.row_files import DroppedTable, dropped_file, read_dropped_table
-from outgrow.streaming.rows import STORE_MANIFEST, read_facts
+from outgrow.streaming.rows import read_facts
 from outgrow.streaming.selection import LANGUAGE, REASONS, TOO_LONG, TOO_LONG_TEXT, TOO_SHORT, Split
 from outgrow.streaming.sources.document import DropReason
 
@@ -87,7 +87,7 @@ def _lines(store: Path, card: DatasetCard, names: list[str], reason: str | None)
             if reason in (None, line.reason):
                 yield line
         for number, index in enumerate(card.indexes):
-            folder = store / PurePosixPath(index.folder).relative_to(card.store)
+            folder = index_folder(store, card, index)
             facts, own = read_facts(folder)
             streams = [split.name for split in facts.train]
             for split in ("validation", "train"):

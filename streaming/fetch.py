@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from outgrow.contracts import DatasetCard
+from outgrow.contracts import DatasetCard, IndexCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage, file_digest, sync_folder, sync_tree
-from outgrow.streaming.manifest import FILES, MARKER, check_manifest, folders, is_committed
-from outgrow.streaming.rows import INDEX_MANIFEST, STORE_MANIFEST
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, MARKER, STORE_MANIFEST, check_manifest, folders, is_committed
 from outgrow.streaming.shards import every_file
 
 _ATTEMPTS = 3
@@ -41,6 +40,11 @@ def local_dataset(site: Site, card: DatasetCard) -> Path:
     for key in folders(card):
         _fetch(storage, key, STORE_MANIFEST if key == card.store else INDEX_MANIFEST, cache)
     return cache / card.store
+
+
+def index_folder(store: Path, card: DatasetCard, index: IndexCard) -> Path:
+    """Where a row index of the dataset lies on this node, ``store`` being what ``local_dataset`` gave."""
+    return store / PurePosixPath(index.folder).relative_to(card.store)
 
 
 def _absent(storage: Storage, key: str) -> DataError:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, groupby, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from outgrow.contracts import DatasetCard
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.fetch import local_dataset
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.fetch import index_folder, local_dataset
+from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.packing import Part, parts
-from outgrow.streaming.rows import STORE_MANIFEST, RowIndex, StreamRows
+from outgrow.streaming.rows import RowIndex, StreamRows
 from outgrow.streaming.sampler import Sampler
 from outgrow.streaming.store import TOKENIZER
 from outgrow.streaming.tokenizer import TextTokenizer
@@ -77,7 +77,7 @@ def first_rows(recipe: Recipe, site: Site, card: DatasetCard, num_rows: int, *, 
     Raises ``DataError`` where the dataset is not on this node, ``IntegrityError`` where a byte of it differs.
     """
     store = local_dataset(site, card)
-    indexes = [RowIndex.open(store / PurePosixPath(index.folder).relative_to(card.store)) for index in card.indexes]
+    indexes = [RowIndex.open(index_folder(store, card, index)) for index in card.indexes]
     sampler = Sampler(indexes, Mix.of(recipe, card), recipe.run.seed)
     reader = _Reader(store, indexes)
     rows = ((at, row_id) for at in count(step) for row_id in sampler.row_ids(at))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from outgrow.errors import RunError
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
-from outgrow.streaming.fetch import local_dataset
+from outgrow.streaming.fetch import index_folder, local_dataset
 from outgrow.streaming.packing import PackedRows
 from outgrow.streaming.read_ahead import Assignment, Worker, read_ahead_depth
 from outgrow.streaming.steps import (
@@ -141,7 +140,7 @@ def read_plan(job: JobSpec, layout: Layout, rank: int) -> ReadPlan:
     return ReadPlan(
         store=str(store),
         indexes=tuple(
-            IndexPlace(folder=_local(store, index.folder, job.card.store), fingerprint=index.fingerprint)
+            IndexPlace(folder=str(index_folder(store, job.card, index)), fingerprint=index.fingerprint)
             for index in job.card.indexes
         ),
         mix=_mix(job),
@@ -150,10 +149,6 @@ def read_plan(job: JobSpec, layout: Layout, rank: int) -> ReadPlan:
         seed=Recipe.model_validate(job.recipe).run.seed,
         fill_token=job.card.eos_token_id,
     )
-
-
-def _local(store: Path, folder: str, store_key: str) -> str:
-    return str(store / PurePosixPath(folder).relative_to(store_key))
 
 
 def _mix(job: JobSpec) -> Mix:

@@ -15,6 +15,8 @@ from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest, sync_tree, tree_digests
 
+STORE_MANIFEST = "store.json"
+INDEX_MANIFEST = "index.json"
 MARKER = "COMMITTED"
 FILES = "files"
 """Key of the manifest that holds the sha256 of every file by relative path; a store's leaves out the shards, whose digests are

@@ -19,10 +19,10 @@ from outgrow.storage import fingerprint
 from outgrow.streaming.aside import aside_folder, put_in_place, remove_abandoned
 from outgrow.streaming.document_table import read_tables
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.manifest import FILES, commit, is_committed, read_manifest
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, STORE_MANIFEST, commit, is_committed, read_manifest
 from outgrow.streaming.row_files import DroppedTable, WindowWriter, dropped_file, save_table
 from outgrow.streaming.row_windows import lay, weigh
-from outgrow.streaming.rows import INDEX_MANIFEST, STORE_MANIFEST, IndexFacts, SplitFacts, read_facts
+from outgrow.streaming.rows import IndexFacts, SplitFacts, read_facts
 from outgrow.streaming.selection import REASONS, TOO_LONG, Choice, Selection, Split, selection_identity
 from outgrow.streaming.shuffle import permutation
 from outgrow.streaming.window_documents import WindowDocuments, windows_of

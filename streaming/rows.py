@@ -25,13 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from outgrow.contracts import Record
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, read_manifest
 from outgrow.streaming.row_files import WindowReader, read_window_table, rows_file, windows_file
 from outgrow.streaming.row_windows import Span, Window
 from outgrow.streaming.selection import Split
 
-STORE_MANIFEST = "store.json"
-INDEX_MANIFEST = "index.json"
 Int64: TypeAlias = npt.NDArray[np.int64]
 
 _OPEN_WINDOWS = 2

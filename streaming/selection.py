@@ -21,7 +21,7 @@ from outgrow.recipes.schema.data import Data
 from outgrow.recipes.schema.streams import Filter
 from outgrow.streaming import duplicates, languages
 from outgrow.streaming.document_table import FOLDER, DocumentTable, read_tables
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.twins import Bool, Comparable, Int64, Signatures, UInt64, exact_twins, near_twins
 
 FORMAT = 1
@@ -34,7 +34,6 @@ Split: TypeAlias = Literal["train", "validation"]
 
 _SPLITS: tuple[Split, ...] = ("validation", "train")
 """In the order of precedence: a held-out document is kept, and the training ones like it go."""
-_MANIFEST = "store.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,7 +75,7 @@ def select(store: Path, data: Data) -> Selection:
     """
     names = tuple(stream.name for stream in data.streams)
     filters = [stream.filter for stream in data.streams]
-    documents, keys = _read(store, names, filters, read_manifest(store, _MANIFEST)[FILES])
+    documents, keys = _read(store, names, filters, read_manifest(store, STORE_MANIFEST)[FILES])
     twin = np.full(len(documents.reason), -1, np.int64)
     comparable = documents.comparable if data.duplicates.across == "stream" else _always
     if data.duplicates.remove != "none":

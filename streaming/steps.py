@@ -13,9 +13,9 @@ from outgrow.contracts import Layout, Record
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.mix import Mix
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.packing import PackedRows, pack
-from outgrow.streaming.rows import STORE_MANIFEST, RowIndex
+from outgrow.streaming.rows import RowIndex
 from outgrow.streaming.sampler import Sampler, validation_rows
 from outgrow.streaming.selection import Split
 

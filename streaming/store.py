@@ -25,7 +25,7 @@ from outgrow.errors import DataError
 from outgrow.recipes.schema.data import Data
 from outgrow.storage import file_digest, fingerprint, tree_digests
 from outgrow.streaming.document_table import FOLDER as TABLES
-from outgrow.streaming.manifest import commit, read_manifest
+from outgrow.streaming.manifest import STORE_MANIFEST, commit, read_manifest
 from outgrow.streaming.parts import DROPPED, SPLITS, StoreForm, StreamParts
 from outgrow.streaming.selection import columns_identity, needs_languages, needs_signatures
 from outgrow.streaming.shards import INDEX, SHARDS, ShardTable, write_index
@@ -35,7 +35,6 @@ from outgrow.streaming.tokenizer import TextTokenizer
 
 FORMAT = 2
 """Counts up when the same inputs would give other bytes."""
-MANIFEST = "store.json"
 TOKENIZER = "tokenizer"
 STORE = "store"
 """The folder within a building folder that becomes the store."""
@@ -207,7 +206,7 @@ def write_store(
     digests = {f"{TOKENIZER}/{name}": value for name, value in tree_digests(folder / TOKENIZER).items()}
     for stream in streams:
         digests |= finish_stream(folder, stream)
-    commit(folder, MANIFEST, facts.to_dict(), digests)
+    commit(folder, STORE_MANIFEST, facts.to_dict(), digests)
     return facts
 
 
@@ -286,7 +285,7 @@ def finish_stream(folder: Path, stream: StreamParts) -> dict[str, str]:
 
 def read_store(folder: Path) -> StoreFacts:
     """The facts of a committed store. Raises ``DataError`` where it was never finished, ``IntegrityError`` where it differs."""
-    return parse_facts(read_manifest(folder, MANIFEST))
+    return parse_facts(read_manifest(folder, STORE_MANIFEST))
 
 
 def parse_facts(manifest: Mapping[str, Any]) -> StoreFacts:

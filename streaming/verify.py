@@ -10,10 +10,10 @@ from typing import Any
 from outgrow.contracts import DatasetCard
 from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import Storage
-from outgrow.streaming.manifest import FILES, MARKER, check_manifest, folders
-from outgrow.streaming.rows import INDEX_MANIFEST, IndexFacts
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, MARKER, STORE_MANIFEST, check_manifest, folders
+from outgrow.streaming.rows import IndexFacts
 from outgrow.streaming.shards import every_file
-from outgrow.streaming.store import MANIFEST, StoreFacts, parse_facts
+from outgrow.streaming.store import StoreFacts, parse_facts
 
 _READ_BYTES = 1024 * 1024
 
@@ -31,7 +31,7 @@ def verify(storage: Storage, card: DatasetCard) -> Verified:
     wrong: list[str] = []
     files = num_bytes = 0
     for folder in folders(card):
-        digests = _read_manifest(storage, folder, MANIFEST if folder == card.store else INDEX_MANIFEST)[FILES]
+        digests = _read_manifest(storage, folder, STORE_MANIFEST if folder == card.store else INDEX_MANIFEST)[FILES]
         for name, expected in _vouched(storage, folder, digests):
             key = f"{folder}/{name}"
             if not storage.exists(key):
@@ -61,7 +61,7 @@ def _vouched(storage: Storage, folder: str, digests: Mapping[str, str]) -> Itera
 
 def stored_facts(storage: Storage, card: DatasetCard) -> StoreFacts:
     """What the store's manifest says. Raises ``IntegrityError`` where it differs from its marker."""
-    manifest = _read_manifest(storage, card.store, MANIFEST)
+    manifest = _read_manifest(storage, card.store, STORE_MANIFEST)
     return parse_facts(manifest)
 
 

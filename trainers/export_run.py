@@ -70,12 +70,14 @@ def _store(storage: Storage, index_fingerprint: str) -> str:
 
 def _fetch_tokenizer(storage: Storage, store: str, folder: Path) -> Vocabulary:
     """The facts of a token store, whose tokenizer lies in ``folder``/tokenizer afterwards, each file checked."""
-    from outgrow.streaming.manifest import FILES, MARKER, read_manifest
-    from outgrow.streaming.store import MANIFEST, TOKENIZER, read_store
+    from outgrow.streaming.manifest import FILES, MARKER, STORE_MANIFEST, read_manifest
+    from outgrow.streaming.store import TOKENIZER, read_store
 
-    for name in (MANIFEST, MARKER):
+    for name in (STORE_MANIFEST, MARKER):
         storage.download(f"{store}/{name}", folder / name)
-    digests = {key: value for key, value in read_manifest(folder, MANIFEST)[FILES].items() if key.startswith(f"{TOKENIZER}/")}
+    digests = {
+        key: value for key, value in read_manifest(folder, STORE_MANIFEST)[FILES].items() if key.startswith(f"{TOKENIZER}/")
+    }
     for key in digests:
         storage.download(f"{store}/{key}", folder / key)
     verify_tree(folder, digests)

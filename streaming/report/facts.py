@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -22,11 +22,11 @@ from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.document_table import read_tables
 from outgrow.streaming.dropped import DroppedLine, dropped
-from outgrow.streaming.fetch import local_dataset
-from outgrow.streaming.manifest import FILES, read_manifest
+from outgrow.streaming.fetch import index_folder, local_dataset
+from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.report.lengths import Lengths
 from outgrow.streaming.row_files import DroppedTable, dropped_file, read_dropped_table
-from outgrow.streaming.rows import STORE_MANIFEST, SplitFacts, read_facts
+from outgrow.streaming.rows import SplitFacts, read_facts
 from outgrow.streaming.selection import REASONS, Split
 from outgrow.streaming.store import StreamCounts, parse_facts
 
@@ -94,7 +94,7 @@ class MixPart:
 def open_dataset(site: Site, card: DatasetCard) -> Opened:
     """Raises ``DataError`` where the dataset is not on this node, ``IntegrityError`` where a byte of it differs."""
     store = local_dataset(site, card)
-    folder = index_folder(store, card, 0)
+    folder = index_folder(store, card, card.indexes[0])
     _, digests = read_facts(folder)
     return Opened(
         store=store,
@@ -105,10 +105,6 @@ def open_dataset(site: Site, card: DatasetCard) -> Opened:
             for split in _SPLITS
         },
     )
-
-
-def index_folder(store: Path, card: DatasetCard, number: int) -> Path:
-    return store / PurePosixPath(card.indexes[number].folder).relative_to(card.store)
 
 
 def stream_facts(opened: Opened, site: Site, card: DatasetCard, recipe: Recipe) -> list[StreamFacts]:
@@ -164,7 +160,7 @@ def index_figures(opened: Opened, card: DatasetCard, order: list[str]) -> list[I
     """The rows of every index; streams in the order given."""
     figures = []
     for number, index in enumerate(card.indexes):
-        facts, _ = read_facts(index_folder(opened.store, card, number))
+        facts, _ = read_facts(index_folder(opened.store, card, card.indexes[number]))
         own = sorted(facts.train, key=lambda split: order.index(split.name))
         figures.append(IndexFigures(sequence_length=index.sequence_length, streams=tuple(own)))
     return figures
