@@ -16,8 +16,9 @@ from pydantic import SecretStr, ValidationError
 from outgrow.errors import Problem, RecipeError, SiteError
 from outgrow.recipes.explain import explain, in_order
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.options import SECRET_NAME
 from outgrow.recipes.schema.section import Mark, Section
-from outgrow.recipes.schema.site import SECRET_NAME, Site
+from outgrow.recipes.schema.site import Site
 from outgrow.recipes.schema_types import field_type, follow
 from outgrow.recipes.yaml_marks import Document, KeyPath, key_path, key_text, read, strings
 

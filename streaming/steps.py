@@ -32,9 +32,21 @@ class IndexPlace(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LostShard(Record):
+    """Shard ``shard`` of the training split of ``stream``, whose rows the run has given up."""
+
+    stream: str
+    shard: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReadPlan(Record):
     """All that reading takes, as plain data for another process. ``store`` is a local folder; ``indexes`` are in the order of
-    the dataset's card, by which ``mix`` counts them."""
+    the dataset's card, by which ``mix`` counts them.
+
+    ``gate`` is the folder in which the node's prefetcher is found, empty where the shards lie in ``store``. Rows that touch a
+    shard of ``lost`` are read as empty, and weigh nothing.
+    """
 
     store: str
     indexes: tuple[IndexPlace, ...]
@@ -43,6 +55,8 @@ class ReadPlan(Record):
     rank: int
     seed: int
     fill_token: int
+    gate: str = ""
+    lost: tuple[LostShard, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

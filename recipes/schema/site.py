@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field
 
 from outgrow.errors import SiteError
+from outgrow.recipes.schema.options import Options, Value, in_clear
 from outgrow.recipes.schema.section import Mark, Section
+from outgrow.recipes.schema.tiers import Placement, Tier, tier_rules
 from outgrow.storage import Storage
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 Location = Annotated[str, Mark.LOCATION]
-
-SECRET_NAME = re.compile("key|secret|token|passw|credential|connection_string", re.IGNORECASE)
-"""Names of options whose text is a secret."""
 
 
 class Cluster(Section):
@@ -39,10 +37,15 @@ class Site(Section):
     """Version of this format; 1."""
     storage: Location = "~/.local/share/outgrow"
     """Folder or URL (``s3://bucket/prefix``) that datasets and runs are kept in; several nodes need one that all reach."""
-    storage_options: dict[str, Annotated[str | int | bool | SecretStr, Mark.SECRET]] = {}
+    storage_options: Options = {}
     """Options of the URL's fsspec file system; secrets as ``${env:NAME}``."""
     cache: Location = "~/.cache/outgrow"
-    """Local folder, fast, for copies of what lies in a remote ``storage``."""
+    """Local folder, fast, for work that is not kept; also the first tier where ``storage`` is a URL and there are no ``tiers``."""
+    tiers: tuple[Tier, ...] = ()
+    """Disks and buckets, fastest first, the folder of ``storage`` among them or not. A dataset that lies on a slower one is
+    read through the first, where its shards are copied shortly before they are needed."""
+    place: Placement = Placement()
+    """What is to lie whole on which tiers."""
     sources: dict[str, Location] = {}
     """Names that recipes use for data and models, and the folder of each; ``python-stdlib``, the running Python's own
     library, is always there."""
@@ -57,28 +60,14 @@ class Site(Section):
     build_processes: Auto | Positive = "auto"
     """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core, with ``--ray`` one a CPU of the cluster."""
 
-    @field_validator("storage_options")
-    @classmethod
-    def _secrets_stay_out_of_sight(
-        cls, options: dict[str, str | int | bool | SecretStr]
-    ) -> dict[str, str | int | bool | SecretStr]:
-        return {k: SecretStr(v) if isinstance(v, str) and SECRET_NAME.search(k) else v for k, v in options.items()}
-
     def rules(self) -> Iterator[tuple[str, str]]:
         if "://" in self.cache:
             yield "cache", f"given '{self.cache}'; allowed: a local folder"
+        yield from tier_rules(self.tiers, self.place)
 
     def open_storage(self) -> Storage:
         """The root of datasets and runs. Raises ``SiteError`` where fsspec cannot open such a URL."""
-        options = {k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in self.storage_options.items()}
-        try:
-            return Storage(self.storage, options)
-        except (ValueError, ImportError) as error:
-            protocol = self.storage.partition("://")[0]
-            raise SiteError(
-                f"storage: a URL that begins with {protocol}:// cannot be opened here: {error}",
-                hint="give a folder, or install the fsspec package of that store (pip install 'outgrow[s3]' for s3://)",
-            ) from None
+        return open_place(self.storage, self.storage_options, "storage")
 
     def locate(self, name: str) -> str:
         """The folder of a name that a recipe uses. Raises ``SiteError`` where the site does not know it.
@@ -96,7 +85,19 @@ class Site(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain data with secrets IN CLEAR, for handing to a worker in memory; never print or write it."""
         data = self.model_dump(mode="json", by_alias=True)
-        data["storage_options"] = {
-            k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in self.storage_options.items()
-        }
+        data["storage_options"] = in_clear(self.storage_options)
+        for tier, own in zip(data["tiers"], self.tiers, strict=True):
+            tier["options"] = in_clear(own.options)
         return data
+
+
+def open_place(path: str, options: Mapping[str, Value], key: str) -> Storage:
+    """The folder or bucket that ``key`` of the site names. Raises ``SiteError`` where fsspec cannot open such a URL."""
+    try:
+        return Storage(path, in_clear(options))
+    except (ValueError, ImportError) as error:
+        protocol = path.partition("://")[0]
+        raise SiteError(
+            f"{key}: a URL that begins with {protocol}:// cannot be opened here: {error}",
+            hint="give a folder, or install the fsspec package of that store (pip install 'outgrow[s3]' for s3://)",
+        ) from None

@@ -410,6 +410,42 @@ class StepRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierTraffic(Record):
+    """What one node has read of one tier: whole shards, bytes, the seconds that reading took, and errors by kind."""
+
+    shards: int = 0
+    bytes: int = 0
+    read_s: float = 0.0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCounts(Record):
+    """What reading a run's shards through tiers has cost on one node; counts go on where a run is resumed on that node.
+
+    A visit is one pass of the training order over a shard: a hit where it lay in the first tier by itself, else a miss.
+    ``fetches`` counts shards copied there, ``refetches`` those of them that had been there before, ``evictions`` those deleted to
+    make room; ``healed`` copies that were found damaged and fetched again, ``read_through`` shards that were read without a
+    place in the cache. ``queue`` is the number of fetches that are due or running, ``cache_bytes`` of ``room_bytes`` are taken,
+    ``wait_s`` is how long readers have waited for a shard. ``tiers`` by name.
+    """
+
+    visits: int = 0
+    hits: int = 0
+    misses: int = 0
+    fetches: int = 0
+    refetches: int = 0
+    evictions: int = 0
+    healed: int = 0
+    read_through: int = 0
+    queue: int = 0
+    cache_bytes: int = 0
+    room_bytes: int = 0
+    wait_s: float = 0.0
+    tiers: dict[str, TierTraffic] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRef(Record):
     """A committed checkpoint: ``folder`` relative to the site's storage, ``digest`` that of its manifest."""
 

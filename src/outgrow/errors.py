@@ -10,6 +10,7 @@
     │   ├── RunError              run folders: in use, changed recipe, nothing to resume
     │   └── ClusterError          no cluster at the address, no token, no capacity
     ├── IntegrityError            bytes that differ from their digest; never trusted, never skipped in silence
+    │   └── ShardError            a shard of the training rows that no place has whole
     └── TrainingError             the run itself failed: non-finite loss, a lost rank, a save that cannot finish
 
 A message says what was given and what is allowed; ``where`` is a file, file:line or key path; ``hint`` is the nearest thing
@@ -101,6 +102,15 @@ class ClusterError(UserError):
 
 class IntegrityError(OutgrowError):
     """Bytes that were read back differ from their digest."""
+
+
+class ShardError(IntegrityError):
+    """Shard ``shard`` of the training split of stream ``stream``, which no place has whole."""
+
+    def __init__(self, message: str, *, stream: str, shard: int, where: str = "", hint: str = "") -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.stream = stream
+        self.shard = shard
 
 
 class TrainingError(OutgrowError):
