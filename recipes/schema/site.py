@@ -40,7 +40,7 @@ class Site(Section):
     storage_options: Options = {}
     """Options of the URL's fsspec file system; secrets as ``${env:NAME}``."""
     cache: Location = "~/.cache/outgrow"
-    """Local folder, fast, for work that is not kept; also the first tier where ``storage`` is a URL and there are no ``tiers``."""
+    """Local folder, fast, for work that is not kept; the first tier where ``storage`` is a URL and there are no ``tiers``."""
     tiers: tuple[Tier, ...] = ()
     """Disks and buckets, fastest first, the folder of ``storage`` among them or not. A dataset that lies on a slower one is
     read through the first, where its shards are copied shortly before they are needed."""

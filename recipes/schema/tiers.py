@@ -20,7 +20,7 @@ class Tier(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     """Short name, such as ``nvme``: small letters, digits, ``-`` and ``_``."""
     path: Annotated[str, Mark.LOCATION]
-    """Folder or URL (``s3://bucket/prefix``, ``gs://bucket/prefix``) that outgrow may write below; of the first tier a folder."""
+    """Folder or URL (``s3://bucket/prefix``, ``gs://bucket/prefix``) that outgrow may write below; the first is a folder."""
     options: Options = {}
     """Options of the URL's fsspec file system; secrets as ``${env:NAME}``."""
     capacity: Auto | Size = "auto"

@@ -424,10 +424,10 @@ class ShardCounts(Record):
     """What reading a run's shards through tiers has cost on one node; counts go on where a run is resumed on that node.
 
     A visit is one pass of the training order over a shard: a hit where it lay in the first tier by itself, else a miss.
-    ``fetches`` counts shards copied there, ``refetches`` those of them that had been there before, ``evictions`` those deleted to
-    make room; ``healed`` copies that were found damaged and fetched again, ``read_through`` shards that were read without a
-    place in the cache. ``queue`` is the number of fetches that are due or running, ``cache_bytes`` of ``room_bytes`` are taken,
-    ``wait_s`` is how long readers have waited for a shard. ``tiers`` by name.
+    ``fetches`` counts shards copied there, ``refetches`` those of them that had been there before, ``evictions`` those deleted
+    to make room; ``healed`` copies that were found damaged and fetched again, ``read_through`` shards that were read without
+    a place in the cache. ``queue`` is the number of fetches that are due or running, ``cache_bytes`` of ``room_bytes`` are
+    taken, ``wait_s`` is how long readers have waited for a shard. ``tiers`` by name.
     """
 
     visits: int = 0
