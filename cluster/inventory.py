@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pynvml  # type: ignore[import-untyped]
 
-from outgrow.contracts import Disk, Gpu, Inventory
+from outgrow.contracts import Disk, DiskKind, Gpu, Inventory
 from outgrow.storage import nearest_folder
 
 
@@ -149,6 +149,25 @@ def list_disks(paths: Iterable[Path]) -> tuple[Disk, ...]:
     for path in paths:
         folder = nearest_folder(path.absolute())
         usage = shutil.disk_usage(folder)
-        disk = Disk(path=str(path), total_bytes=usage.total, free_bytes=usage.free)
-        disks.setdefault(folder.stat().st_dev, disk)
+        device = folder.stat().st_dev
+        kind = disk_kind(Path("/sys/dev/block"), device)
+        disks.setdefault(device, Disk(path=str(path), total_bytes=usage.total, free_bytes=usage.free, kind=kind))
     return tuple(disks.values())
+
+
+def disk_kind(blocks: Path, device: int) -> DiskKind:
+    """What the disk with the number ``device`` is; ``blocks`` is ``/sys/dev/block``, which only Linux has.
+
+    Empty for what is no disk of this machine (a network share) and for disks below others (LVM, RAID, encryption).
+    """
+    link = blocks / f"{os.major(device)}:{os.minor(device)}"
+    if not link.exists():
+        return ""
+    folder = link.resolve()
+    if "/usb" in str(folder):
+        return "usb"
+    whole = folder.parent if (folder / "partition").exists() else folder
+    rotational = whole / "queue/rotational"
+    if not rotational.exists() or "/virtual/" in str(folder):
+        return ""
+    return "hdd" if rotational.read_text().strip() == "1" else "ssd"

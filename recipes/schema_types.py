@@ -20,6 +20,8 @@ from outgrow.recipes.schema.section import Mark, Section
 
 _LIMITS = ("ge", "gt", "le", "lt", "pattern", "min_length")
 
+_MEASURES = {Mark.SIZE: "a size such as 500 GB", Mark.RATE: "a rate such as 180 MB/s or 100 Mbit/s"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Type:
@@ -179,6 +181,8 @@ def _describe(annotation: Any, limits: dict[str, Any]) -> str:
         return f"a list of {count}{many}" + _bounds(limits)
     if origin is dict:
         return "key: value pairs"
+    for mark in kind.marks & _MEASURES.keys():
+        return _MEASURES[mark]
     if _is_section(annotation):
         return f"a section with {', '.join(fields(annotation))}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation] + _bounds(limits)

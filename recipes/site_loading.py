@@ -48,7 +48,7 @@ def load_site(path: Path | None) -> Site:
     document = Document(data={}, places={(): "built-in defaults"}) if path is None else read(path, SiteError)
     data, problems = _fill_in(document, os.environ)
     try:
-        site = Site.model_validate(data, strict=True)
+        site = Site.model_validate(_with_tuples(data), strict=True)
     except ValidationError as error:
         problems += explain(error, document, Site)
     if problems:
@@ -114,6 +114,13 @@ def _fill_in(document: Document, environment: Mapping[str, str]) -> tuple[Any, l
         if message:
             problems.append(Problem(where=document.where(path), key=key_text(path), message=message))
     return data, problems
+
+
+def _with_tuples(data: Any) -> Any:
+    """The data with a tuple for every list, as strict mode wants them."""
+    if isinstance(data, dict):
+        return {key: _with_tuples(value) for key, value in data.items()}
+    return tuple(map(_with_tuples, data)) if isinstance(data, list) else data
 
 
 def _wrong_variable(text: str, marks: frozenset[Mark], environment: Mapping[str, str]) -> str:

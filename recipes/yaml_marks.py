@@ -108,7 +108,7 @@ def strings(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     elif isinstance(data, dict):
         for key, value in data.items():
             yield from strings(value, (*path, key))
-    elif isinstance(data, list):
+    elif isinstance(data, list | tuple):
         for index, value in enumerate(data):
             yield from strings(value, (*path, index))
 

@@ -20,6 +20,10 @@ class Mark(Enum):
     """A folder, file or URL: ``~`` and relative paths are worked out, ``${env:NAME}`` is allowed."""
     SECRET = "secret"
     """May be a secret: ``${env:NAME}`` is allowed, and kept out of sight."""
+    SIZE = "size"
+    """Bytes with their unit."""
+    RATE = "rate"
+    """Bytes a second with their unit."""
     NAME = "name"
     """A name that the site maps to a folder or file, or a path relative to the recipe."""
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from outgrow.recipes.schema.section import Mark
+
 _UNITS = {
     "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
@@ -19,7 +21,7 @@ def parse_size(text: str) -> int:
     """Bytes. Raises ``ValueError`` with what is allowed."""
     match = _FORM.fullmatch(text.strip())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"given '{text}'; allowed: a number and a unit, such as 500 GB; units: {', '.join(_UNITS)}")
+        raise ValueError(f"given '{text}'; allowed: a size such as 500 GB, in {', '.join(_UNITS)}")
     return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
@@ -29,7 +31,7 @@ def parse_rate(text: str) -> float:
     match = _FORM.fullmatch(amount.strip())
     units = _UNITS | {name: bits / 8 for name, bits in _BITS.items()}
     if match is None or not slash or second.strip() != "s" or match[2] not in units or not float(match[1]):
-        raise ValueError(f"given '{text}'; allowed: a size a second above 0, such as 180 MB/s or 100 Mbit/s")
+        raise ValueError(f"given '{text}'; allowed: a rate such as 180 MB/s or 100 Mbit/s")
     return float(match[1]) * units[match[2]]
 
 
@@ -43,7 +45,7 @@ def _rate(text: str) -> str:
     return text
 
 
-Size = Annotated[str, AfterValidator(_size)]
+Size = Annotated[str, AfterValidator(_size), Mark.SIZE]
 """Bytes, as ``500 GB`` or ``64 MiB``."""
-Rate = Annotated[str, AfterValidator(_rate)]
+Rate = Annotated[str, AfterValidator(_rate), Mark.RATE]
 """Bytes a second, as ``180 MB/s`` or ``100 Mbit/s``."""

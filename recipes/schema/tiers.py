@@ -18,7 +18,7 @@ class Tier(Section):
     """A disk or bucket. The site lists them fastest first."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
-    """Short name, such as ``nvme``: small letters, digits, ``-`` and ``_``."""
+    """Small letters, digits, ``-`` and ``_``, at most 32, such as ``nvme``."""
     path: Annotated[str, Mark.LOCATION]
     """Folder or URL (``s3://bucket/prefix``, ``gs://bucket/prefix``) that outgrow may write below; the first is a folder."""
     options: Options = {}

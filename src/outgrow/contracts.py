@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 JsonDict: TypeAlias = dict[str, Any]
 EngineName: TypeAlias = Literal["plain", "fsdp2"]
+DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 
 IGNORE_INDEX = -100
 """The target of a position that predicts nothing (the last token of a document, padding)."""
@@ -218,9 +219,12 @@ class Gpu(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Disk(Record):
+    """A disk by a folder on it. ``kind`` is empty where the system does not tell."""
+
     path: str
     total_bytes: int
     free_bytes: int
+    kind: DiskKind = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,15 @@ import pynvml
 import pytest
 
 from outgrow.cluster import inventory
-from outgrow.cluster.inventory import CgroupLimits, ListedGpu, cgroup_limits, list_disks, take_inventory, visible_gpus
+from outgrow.cluster.inventory import (
+    CgroupLimits,
+    ListedGpu,
+    cgroup_limits,
+    disk_kind,
+    list_disks,
+    take_inventory,
+    visible_gpus,
+)
 from outgrow.contracts import Gpu, Inventory
 
 GIB = 2**30
@@ -133,3 +141,28 @@ def test_a_real_gpu_is_listed_as_torch_sees_it() -> None:
         seen = torch.cuda.get_device_properties(number)
         assert gpu.name == seen.name
         assert gpu.compute_capability == f"{seen.major}.{seen.minor}"
+
+
+def test_the_kind_of_a_disk_is_that_of_its_whole_device(tmp_path: Path) -> None:
+    """Folders and links as Linux has them below /sys."""
+    blocks = tmp_path / "dev/block"
+    blocks.mkdir(parents=True)
+
+    def device(number: int, below: str, *, rotational: str | None, partition: bool = False) -> None:
+        folder = tmp_path / "devices" / below
+        folder.mkdir(parents=True)
+        whole = folder.parent if partition else folder
+        if partition:
+            (folder / "partition").write_text("1")
+        if rotational is not None:
+            (whole / "queue").mkdir()
+            (whole / "queue/rotational").write_text(f"{rotational}\n")
+        (blocks / f"8:{number}").symlink_to(folder)
+
+    device(0, "pci/nvme/nvme0n1", rotational="0")
+    device(1, "pci/ata1/sda/sda1", rotational="1", partition=True)
+    device(2, "pci/usb2/sdb/sdb1", rotational="1", partition=True)
+    device(3, "virtual/block/dm-0", rotational="1")
+    device(4, "pci/odd", rotational=None)
+    kinds = [disk_kind(blocks, os.makedev(8, number)) for number in range(6)]
+    assert kinds == ["ssd", "hdd", "usb", "", "", ""]

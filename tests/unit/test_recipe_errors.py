@@ -340,6 +340,43 @@ SITE_MISTAKES = [
         "storage_options:\n  client_kwargs: {a: b}",
         'FILE:2: storage_options.client_kwargs: given {"a": "b"}; allowed: text or a whole number or true or false',
     ),
+    ("tiers:\n- {name: nvme}", "FILE:2: tiers[0].path: missing; allowed: text"),
+    (
+        "tiers: [{name: a, path: /a, capacity: 500}]",
+        "FILE:1: tiers[0].capacity: given 500; allowed: auto or a size such as 500 GB",
+    ),
+    (
+        "tiers: [{name: a, path: /a, capacity: 500 gb}]",
+        "FILE:1: tiers[0].capacity: given '500 gb'; allowed: auto or a size such as 500 GB",
+    ),
+    (
+        "tiers: [{name: a, path: /a, speed: fast}]",
+        "FILE:1: tiers[0].speed: given 'fast'; allowed: auto or a rate such as 180 MB/s or 100 Mbit/s",
+    ),
+    (
+        "tiers: [{name: a/b, path: /a}]",
+        "FILE:1: tiers[0].name: given 'a/b'; allowed: small letters, digits, - and _, at most 32, such as nvme",
+    ),
+    (
+        "tiers: [{name: s3, path: 's3://bucket'}]",
+        "FILE:1: tiers[0].path: given 's3://bucket'; the first tier holds what is read next: a folder on a fast disk",
+    ),
+    (
+        "tiers:\n- {name: a, path: /a}\n- {name: a, path: /b}",
+        "FILE:3: tiers[1].name: 'a' is given twice; each tier needs a name of its own",
+    ),
+    (
+        "tiers:\n- {name: a, path: /a}\n- {name: b, path: /a/b}",
+        "FILE:3: tiers[1].path: '/a/b' and tiers[0].path lie within one another",
+    ),
+    (
+        "tiers: [{name: a, path: /a}]\nplace: {datasets: [b]}",
+        "FILE:2: place.datasets[0]: there is no tier 'b'; tiers: a",
+    ),
+    (
+        "tiers: [{name: a, path: /a, options: {secret: hunter2}}]",
+        "FILE:1: tiers[0].options.secret: a secret does not stand in a file; write ${env:NAME} and set NAME in the environment",
+    ),
     ("sources: [a]", 'FILE:1: sources: given ["a"]; allowed: key: value pairs'),
     ("sources:\n  a: /x\n  a: /y", "FILE:3: sources.a: given twice; first on line 2"),
 ]

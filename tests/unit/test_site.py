@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from outgrow.contracts import Disk, Gpu, Inventory
+from outgrow.contracts import Disk, DiskKind, Gpu, Inventory
 from outgrow.errors import SiteError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
+from outgrow.recipes.schema.sizes import parse_rate
 from outgrow.recipes.site_init import init_site
 from outgrow.recipes.site_loading import bind, find_site, load_site, recipe_names
 
@@ -123,6 +124,38 @@ def test_a_secret_is_seen_nowhere_but_in_the_plain_data(tmp_path: Path, monkeypa
     assert on_a_worker == site
 
 
+def test_tiers_have_folders_relative_to_the_file_and_secrets_out_of_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", "hunter2")
+    path = write(
+        tmp_path / "conf/site.yaml",
+        "tiers:\n"
+        "- {name: nvme, path: ../fast, capacity: 1.5 TB, reserve: 64 MiB, run_cache: 500 GB}\n"
+        "- {name: hdd, path: ~/hdd, speed: 180 MB/s, limit: 100 Mbit/s}\n"
+        "- {name: far, path: 's3://bucket/x', options: {secret: '${env:THE_KEY}', anon: false}}\n"
+        "place: {datasets: [nvme], checkpoints: [hdd, far]}\n",
+    )
+    site = load_site(path)
+    on_a_worker = Site.model_validate(pickle.loads(pickle.dumps(site.to_dict())))
+    assert on_a_worker == site
+    for one in (site, on_a_worker):
+        nvme, hdd, far = one.tiers
+        assert [tier.path for tier in one.tiers] == [str(tmp_path / "fast"), str(tmp_path / "home/hdd"), "s3://bucket/x"]
+        assert (nvme.capacity_bytes, nvme.reserve_bytes, nvme.run_cache_bytes) == (1.5e12, 64 * 2**20, 5e11)
+        assert (hdd.bytes_per_s, hdd.limit_bytes_per_s, hdd.capacity_bytes, hdd.num_parallel) == (180e6, 12.5e6, None, 1)
+        assert (far.reserve_bytes, far.num_parallel, far.is_bucket) == (0, 8, True)
+        assert one.to_dict()["tiers"][2]["options"] == {"secret": "hunter2", "anon": False}
+        assert one.place.checkpoints == ("hdd", "far")
+        assert "hunter2" not in f"{one!r} {one} {one.model_dump_json()}"
+
+
+@pytest.mark.parametrize("text", ["0 MB/s", "MB/s", "3 mb/s", "180 MB", "-1 MB/s", "1e3 MB/s"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="allowed: a rate such as 180 MB/s or 100 Mbit/s"):
+        parse_rate(text)
+
+
 def test_what_an_environment_variable_holds_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_KEY", "hunter2")
     with pytest.raises(SiteError) as caught:
@@ -180,8 +213,8 @@ def inventory(*disks: Disk) -> Inventory:
     return Inventory(hostname="h", cores=16, memory_bytes=128 * GIB, gpus=(gpu,), disks=disks)
 
 
-def disk(path: str, free: int) -> Disk:
-    return Disk(path=path, total_bytes=1000 * GIB, free_bytes=free * GIB)
+def disk(path: str, free: int, kind: DiskKind = "") -> Disk:
+    return Disk(path=path, total_bytes=1000 * GIB, free_bytes=free * GIB, kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +234,23 @@ def test_a_first_site_puts_data_on_the_disk_with_most_room(disks: tuple[Disk, ..
     assert site.model_copy(update={"storage": "", "cache": ""}) == load_site(None).model_copy(
         update={"storage": "", "cache": ""}
     )
+
+
+def test_a_first_site_has_a_tier_for_each_disk_where_they_are_of_several_kinds(tmp_path: Path) -> None:
+    disks = (
+        disk("/", 50, "ssd"),
+        disk("/mnt/big", 9000, "hdd"),
+        disk("/nvme", 900, "ssd"),
+        disk("/media/stick", 800, "usb"),
+    )
+    site = load_site(write(tmp_path / "site.yaml", init_site(inventory(*disks), Path("/home/me"))))
+    assert site.storage == "/nvme/outgrow"
+    assert [(tier.name, tier.path) for tier in site.tiers] == [
+        ("ssd", "/nvme/outgrow"),
+        ("hdd", "/mnt/big/outgrow"),
+        ("usb", "/media/stick/outgrow"),
+    ]
+    assert site.place.checkpoints == ("hdd",)
 
 
 def test_site_init_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
