@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeAlias, cast
 
 from outgrow.contracts import JobSpec, RunResult, StepRecord, TrainWorker, WorkerResult
-from outgrow.errors import OutgrowError, TrainingError
+from outgrow.errors import OutgrowError, RestartError, TrainingError
 
 OnRecord: TypeAlias = Callable[[StepRecord], None]
 
@@ -73,13 +73,25 @@ def run_local(job: JobSpec, train_worker: TrainWorker | str, *, on_record: OnRec
     """What rank 0 returned, once all ``job.workers`` ranks are done; one rank alone runs in this process, without a group.
 
     ``train_worker`` is a function of an importable module, or its name ``package.module:function``. ``on_record`` is called in
-    this thread. Raises what the first failing rank raised: an ``OutgrowError`` as itself, anything else as ``TrainingError``
-    with its traceback. No rank is left running, however this ends.
+    this thread. A group is started again where a rank asks for it, but after no failure. Raises what the first failing rank
+    raised: an ``OutgrowError`` as itself, anything else as ``TrainingError`` with its traceback. No rank is left running,
+    however this ends.
     """
+    restarts, before = 0, ""
+    while True:
+        try:
+            return RunResult(run=job.run, worker=_run_group(job, train_worker, on_record), restarts=restarts)
+        except RestartError as error:
+            if str(error) == before:
+                raise  # what it has dealt with is still there
+            restarts, before = restarts + 1, str(error)
+
+
+def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecord) -> WorkerResult:
+    """One start of all ranks, from the newest checkpoint to the end."""
     attempt = secrets.token_hex(4)
     if job.workers == 1:
-        context = LocalContext(rank=0, world=1, attempt=attempt, on_record=on_record)
-        return RunResult(run=job.run, worker=_resolve(train_worker)(job, context), restarts=0)
+        return _resolve(train_worker)(job, LocalContext(rank=0, world=1, attempt=attempt, on_record=on_record))
     name = train_worker if isinstance(train_worker, str) else _name_of(train_worker)
     with socket.create_server((_LOOPBACK, 0)) as listener, contextlib.ExitStack() as started:
         ranks = [_start(job, name, rank, attempt, listener, started) for rank in range(job.workers)]
@@ -87,7 +99,7 @@ def run_local(job: JobSpec, train_worker: TrainWorker | str, *, on_record: OnRec
         for rank in ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(timeout=_EXIT_S)
-    return RunResult(run=job.run, worker=worker, restarts=0)
+    return worker
 
 
 def _name_of(train_worker: TrainWorker) -> str:

@@ -12,7 +12,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import get_node_ip_address
 
 from outgrow.cluster.ray_worker import Progress
-from outgrow.cluster.restarts import describe_failure, final_error
+from outgrow.cluster.restarts import MAX_RESTARTS, describe_failure, final_error, is_asked_for
+from outgrow.errors import TrainingError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -57,6 +58,7 @@ class FinalErrors(UserCallback):
     def __init__(self, progress: ActorHandle[Progress]) -> None:
         self._progress = progress
         self._before = ""
+        self._failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raises the final error: Ray Train takes a failing callback as its own end, without a retry."""
@@ -64,7 +66,16 @@ class FinalErrors(UserCallback):
         if error := final_error(worker_exceptions, lost, self._before):
             raise error
         self._before = describe_failure(worker_exceptions, lost)
+        if is_asked_for(worker_exceptions, lost):
+            self._progress.say.remote("restart", self._before)
+            return
+        self._failures += 1
         self._progress.say.remote("failure", self._before)
+        if self._failures > MAX_RESTARTS:
+            raise TrainingError(
+                f"the run failed {self._failures} times; the last time: {self._before}",
+                hint="the same command resumes from the newest checkpoint",
+            )
 
 
 def _is_loss(error: Exception) -> bool:

@@ -116,6 +116,8 @@ class _Watch(threading.Thread):
             self._on_record(StepRecord.from_dict(value))
         elif kind == "start":
             self._starts += 1
+        elif kind == "restart":
+            self._on_notice(f"{value}; starting again from the newest checkpoint")
         else:
             self._failures += 1
             self._on_notice(f"{value}; {_next_start(self._failures)}")
@@ -138,7 +140,8 @@ def _trainer(job: JobSpec, train_worker: TrainWorker, progress: ActorHandle[Prog
         run_config=RunConfig(
             name=_name(job),
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=_START_ATTEMPTS - 1),
+            # No limit of Ray's own: ``FinalErrors`` counts, for not every restart is a failure.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=_START_ATTEMPTS - 1),
             worker_runtime_env={"env_vars": worker_environment(job.threads_per_worker)},
             callbacks=[FinalErrors(progress)],
             logging_config=LoggingConfig(log_level="CRITICAL"),
@@ -163,7 +166,7 @@ def _next_start(failures: int) -> str:
 
 def _ours(error: BaseException) -> OutgrowError:
     """What ended Ray Train, as an error of ours: the one that a rank raised, where it did."""
-    from ray.train import ControllerError, WorkerGroupError
+    from ray.train import ControllerError
 
     if isinstance(error, ControllerError):
         # A failing callback arrives wrapped once for each manager that it went through.
@@ -173,9 +176,4 @@ def _ours(error: BaseException) -> OutgrowError:
         if isinstance(inner, OutgrowError):
             return inner
         return ClusterError(f"Ray Train could not run the ranks: {type(inner).__name__}: {inner}")
-    if isinstance(error, WorkerGroupError):
-        return TrainingError(
-            f"the run failed {MAX_RESTARTS + 1} times; the last time: {error}",
-            hint="the same command resumes from the newest checkpoint",
-        )
     return ClusterError(f"the Ray cluster was lost: {error}", hint="the same command resumes from the newest checkpoint")

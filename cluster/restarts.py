@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from outgrow.errors import OutgrowError, TrainingError
+from outgrow.errors import OutgrowError, RestartError, TrainingError
 
 MAX_RESTARTS = 3
-"""Restarts of a worker group in one ``outgrow train``; the same command resumes after the last."""
+"""Restarts of a worker group after a failure in one ``outgrow train``; the same command resumes after the last. Those that a
+rank asks for (``RestartError``) are not counted."""
 
 
 class RankError(Exception):
@@ -27,12 +28,13 @@ def final_error(errors: Mapping[int, BaseException], lost_ranks: Collection[int]
 
     ``errors`` are those of the ranks that failed, ``lost_ranks`` those whose process is gone, ``before`` is the
     ``describe_failure`` of the start before, or empty. What outgrow itself says is wrong (a missing dataset, a non-finite loss)
-    stays wrong, and what fails twice in the same way is a bug. Where a process was lost, the other ranks' errors are its echo.
+    stays wrong, but for a ``RestartError``, and what fails twice in the same way is a bug. Where a process was lost, the other
+    ranks' errors are its echo.
     """
     if lost_ranks:
         return None
     for _, error in sorted(errors.items()):
-        if isinstance(error, OutgrowError):
+        if isinstance(error, OutgrowError) and not isinstance(error, RestartError):
             return error
     if describe_failure(errors, lost_ranks) != before:
         return None
@@ -41,11 +43,25 @@ def final_error(errors: Mapping[int, BaseException], lost_ranks: Collection[int]
     return TrainingError(f"rank {rank} failed twice with {error}\n{text}".rstrip())
 
 
+def is_asked_for(errors: Mapping[int, BaseException], lost_ranks: Collection[int]) -> bool:
+    """Whether a rank has dealt with what stopped it and asks for the start that follows."""
+    return not lost_ranks and any(isinstance(error, RestartError) for error in errors.values())
+
+
 def describe_failure(errors: Mapping[int, BaseException], lost_ranks: Collection[int]) -> str:
-    """One line for a person: the ranks that were lost, else each rank with the first line of its error."""
+    """One line for a person: the ranks that were lost, else those that ask for a restart, else all, with the first line of the
+    error of each; ranks that say the same are told together."""
     if lost_ranks:
-        return f"rank {', '.join(map(str, sorted(lost_ranks)))} was lost"
-    return "; ".join(f"rank {rank}: {first_line(error)}" for rank, error in sorted(errors.items()))
+        return f"rank {_listed(lost_ranks)} was lost"
+    asking = {rank: error for rank, error in errors.items() if isinstance(error, RestartError)}
+    ranks: dict[str, list[int]] = {}
+    for rank, error in sorted((asking or errors).items()):
+        ranks.setdefault(first_line(error), []).append(rank)
+    return "; ".join(f"rank {_listed(own)}: {line}" for line, own in ranks.items())
+
+
+def _listed(ranks: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
 
 
 def first_line(error: BaseException) -> str:

@@ -49,7 +49,9 @@ def describe(record: StepRecord) -> str:
     """One line for a person."""
     at = f"step {record.step}/{record.steps}"
     if record.kind == "start":
-        return f"{at}  {'resumed' if record.step else 'started'} on {record.detail.get('world', 1)} rank(s)"
+        lost = len(record.detail.get("lost_shards", ()))
+        without = f", without the rows of {lost} lost shard(s)" if lost else ""
+        return f"{at}  {'resumed' if record.step else 'started'} on {record.detail.get('world', 1)} rank(s){without}"
     if record.kind == "validation":
         streams = record.detail.get("streams", {})
         parts = [f"{name} {loss:.4f}" for name, loss in streams.items()] if len(streams) > 1 else []

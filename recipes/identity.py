@@ -38,6 +38,7 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "data.shard_bytes": ("refuse", "the order of rows follows the shards"),
     "data.window_shards": ("refuse", "the order of rows follows the windows"),
     "data.loader_workers": ("extend", "the same rows, read by more or fewer processes"),
+    "data.on_bad_shard": ("extend", "the same rows, until a shard is found damaged"),
     "objective": ("refuse", "another loss"),
     "batch.rows": ("refuse", "steps would hold other rows"),
     "batch.micro_rows": ("extend", "the same step in other portions"),

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from outgrow.contracts import DatasetCard
+from outgrow.errors import IntegrityError
 from outgrow.recipes.schema import Recipe
 from outgrow.storage import Storage, fingerprint
 from outgrow.streaming import row_building
-from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, MARKER, STORE_MANIFEST, folders, read_manifest
+from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, MARKER, STORE_MANIFEST, folders, is_inside, read_manifest
 from outgrow.streaming.shards import every_file
 from outgrow.streaming.store import FORMAT
 
@@ -32,9 +33,9 @@ def content_key(recipe: Recipe, identity: str) -> str:
 
 
 def section_key(recipe: Recipe) -> str:
-    """Where the card of this ``data`` section and seed is remembered. What changes no row is left out: reading ahead, and how
-    much of each stream a run takes."""
-    section = recipe.data.model_dump(mode="json", exclude={"loader_workers", "stages"})
+    """Where the card of this ``data`` section and seed is remembered. What changes no row is left out: reading ahead, damage,
+    and how much of each stream a run takes."""
+    section = recipe.data.model_dump(mode="json", exclude={"loader_workers", "on_bad_shard", "stages"})
     for stream in section["streams"]:
         del stream["epochs"], stream["share"]
     formats = [FORMAT, row_building.FORMAT]
@@ -44,10 +45,20 @@ def section_key(recipe: Recipe) -> str:
 
 
 def remembered(storage: Storage, key: str) -> DatasetCard | None:
-    """The card that an earlier build left at ``key``, if its store and indexes are still there."""
+    """The card that an earlier build left at ``key``, if its store and indexes are still there.
+
+    Raises ``IntegrityError`` for what is no card, or one of folders elsewhere.
+    """
     if not storage.exists(key):
         return None
-    card = DatasetCard.from_dict(storage.read_json(key))
+    hint = "remove the file; outgrow data build writes it again"
+    try:
+        card = DatasetCard.from_dict(storage.read_json(key))
+        inside = all(is_inside(folder) for folder in folders(card))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"this is no card of a dataset: {error}", where=key, hint=hint) from None
+    if not inside or not all(index.folder.startswith(f"{card.store}/") for index in card.indexes):
+        raise IntegrityError("the card names folders that are none of a dataset", where=key, hint=hint)
     return card if all(storage.exists(f"{folder}/{MARKER}") for folder in folders(card)) else None
 
 

@@ -7,7 +7,7 @@ from the store, a thousand at a time, in the order of its shards.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -21,13 +21,13 @@ from outgrow.recipes.schema.site import Site
 from outgrow.storage import file_digest
 from outgrow.streaming.document_table import DocumentTable, read_tables
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.fetch import index_folder, local_dataset
-from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
+from outgrow.streaming.fetch import index_folder
 from outgrow.streaming.parts import DROPPED
 from outgrow.streaming.row_files import DroppedTable, dropped_file, read_dropped_table
 from outgrow.streaming.rows import read_facts
 from outgrow.streaming.selection import LANGUAGE, REASONS, TOO_LONG, TOO_LONG_TEXT, TOO_SHORT, Split
 from outgrow.streaming.sources.document import DropReason
+from outgrow.streaming.tiers.on_demand import Dataset, open_dataset
 
 SHOWN_CHARS = 2000
 """As much of a quarantined document is shown."""
@@ -57,7 +57,7 @@ def dropped(site: Site, card: DatasetCard, stream: str | None = None, reason: st
     """All documents in no row, or those of one stream or one reason: stream after stream, those of the build first.
 
     Of a dataset with several row indexes, the later ones add what is too long for their rows. Raises ``DataError`` for a stream
-    or reason that cannot be, and where the dataset is not on this node; ``IntegrityError`` where a byte of it differs.
+    or reason that cannot be, and where no place has the dataset; ``IntegrityError`` where a byte of it differs.
     """
     names = [own.name for own in card.streams]
     if stream is not None and stream not in names:
@@ -65,7 +65,7 @@ def dropped(site: Site, card: DatasetCard, stream: str | None = None, reason: st
     reasons = (*get_args(DropReason), *REASONS[1:])
     if reason is not None and reason not in reasons:
         raise DataError(f"no document is dropped for '{reason}'", hint=f"reasons: {', '.join(reasons)}")
-    return _lines(local_dataset(site, card), card, names if stream is None else [stream], reason)
+    return _opened(site, card, names if stream is None else [stream], reason)
 
 
 def as_text(line: DroppedLine) -> str:
@@ -79,9 +79,17 @@ def as_text(line: DroppedLine) -> str:
     return "\n".join(lines)
 
 
-def _lines(store: Path, card: DatasetCard, names: list[str], reason: str | None) -> Iterator[DroppedLine]:
-    digests = read_manifest(store, STORE_MANIFEST)[FILES]
-    origins = _Origins(store, digests)
+def _opened(site: Site, card: DatasetCard, names: Sequence[str], reason: str | None) -> Iterator[DroppedLine]:
+    with open_dataset(site, card) as dataset:
+        yield from dropped_lines(dataset, card, names, reason)
+
+
+def dropped_lines(
+    dataset: Dataset, card: DatasetCard, names: Sequence[str], reason: str | None = None
+) -> Iterator[DroppedLine]:
+    """``dropped`` of the streams ``names`` of a dataset that is open."""
+    store, digests = dataset.store, dataset.digests
+    origins = _Origins(dataset)
     for name in names:
         for line in _left_out(store, digests, name):
             if reason in (None, line.reason):
@@ -165,8 +173,7 @@ class _Chosen:
 class _Origins:
     """Where documents came from, read from the store."""
 
-    store: Path
-    digests: Mapping[str, str]
+    dataset: Dataset
     _open: dict[tuple[str, Split], Documents] = field(default_factory=dict)
 
     def read(self, places: set[Place]) -> dict[Place, str]:
@@ -174,7 +181,7 @@ class _Origins:
 
     def _documents(self, name: str, split: Split) -> Documents:
         if (name, split) not in self._open:
-            self._open[name, split] = Documents(self.store, name, split, self.digests, open_shards=2)
+            self._open[name, split] = self.dataset.documents(name, split, open_shards=2)
         return self._open[name, split]
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, groupby, islice
-from pathlib import Path
 
 from outgrow.contracts import DatasetCard
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.documents import Documents
-from outgrow.streaming.fetch import index_folder, local_dataset
-from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
+from outgrow.streaming.fetch import index_folder
 from outgrow.streaming.packing import Part, parts
 from outgrow.streaming.rows import RowIndex, StreamRows
 from outgrow.streaming.sampler import Sampler
 from outgrow.streaming.store import TOKENIZER
+from outgrow.streaming.tiers.on_demand import Dataset, open_dataset
 from outgrow.streaming.tokenizer import TextTokenizer
 
 _OPEN_SHARDS = 8
@@ -74,26 +73,24 @@ class ReadableRow:
 def first_rows(recipe: Recipe, site: Site, card: DatasetCard, num_rows: int, *, step: int = 0) -> Iterator[ReadableRow]:
     """The first ``num_rows`` rows that training reads from optimizer step ``step`` on, decoded with the dataset's tokenizer.
 
-    Raises ``DataError`` where the dataset is not on this node, ``IntegrityError`` where a byte of it differs.
+    Raises ``DataError`` where no place has the dataset, ``IntegrityError`` where a byte of it differs.
     """
-    store = local_dataset(site, card)
-    indexes = [RowIndex.open(index_folder(store, card, index)) for index in card.indexes]
-    sampler = Sampler(indexes, Mix.of(recipe, card), recipe.run.seed)
-    reader = _Reader(store, indexes)
-    rows = ((at, row_id) for at in count(step) for row_id in sampler.row_ids(at))
-    for at, row_id in islice(rows, num_rows):
-        yield reader.read(indexes[sampler.phase(at).index], at, row_id)
+    with open_dataset(site, card) as dataset:
+        indexes = [RowIndex.open(index_folder(dataset.store, card, index)) for index in card.indexes]
+        sampler = Sampler(indexes, Mix.of(recipe, card), recipe.run.seed)
+        reader = _Reader(dataset, indexes)
+        rows = ((at, row_id) for at in count(step) for row_id in sampler.row_ids(at))
+        for at, row_id in islice(rows, num_rows):
+            yield reader.read(indexes[sampler.phase(at).index], at, row_id)
 
 
 class _Reader:
     """Decodes rows of indexes of one store."""
 
-    def __init__(self, store: Path, indexes: list[RowIndex]) -> None:
-        digests = read_manifest(store, STORE_MANIFEST)[FILES]
-        self._tokenizer = TextTokenizer(store / TOKENIZER)
+    def __init__(self, dataset: Dataset, indexes: list[RowIndex]) -> None:
+        self._tokenizer = TextTokenizer(dataset.store / TOKENIZER)
         self._documents = {
-            stream.name: Documents(store, stream.name, "train", digests, open_shards=_OPEN_SHARDS)
-            for stream in indexes[0].train
+            stream.name: dataset.documents(stream.name, "train", open_shards=_OPEN_SHARDS) for stream in indexes[0].train
         }
 
     def read(self, index: RowIndex, step: int, row_id: int) -> ReadableRow:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outgrow.contracts import DatasetCard
@@ -54,8 +54,28 @@ def read_manifest(folder: Path, name: str) -> dict[str, Any]:
 
 
 def check_manifest(text: bytes, marker: str, where: str) -> dict[str, Any]:
-    """``text`` parsed, once its sha256 equals the marker's."""
+    """``text`` parsed, once its sha256 equals the marker's. That tells that it is whole, not who wrote it.
+
+    Raises ``IntegrityError`` where it differs or gives no digest of each file, ``DataError`` where it names a file that would
+    lie outside its folder.
+    """
     if digest(text) != marker.strip():
         raise IntegrityError("the manifest differs from the digest in its COMMITTED marker", where=where)
-    manifest: dict[str, Any] = json.loads(text)
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        digests = list(manifest[FILES].items())
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        raise IntegrityError(f"the manifest has no digests under '{FILES}'", where=where) from None
+    for name, expected in digests:
+        if not is_inside(name):
+            raise DataError(f"the manifest names a file outside its folder: {ascii(name)}", where=where)
+        if not isinstance(expected, str):
+            raise IntegrityError(f"the manifest has no digests under '{FILES}'", where=where)
     return manifest
+
+
+def is_inside(name: str) -> bool:
+    """Whether ``name`` is the plain path of a file below a folder, whatever the folder: with ``/``, and without ``..``."""
+    path = PurePosixPath(name)
+    is_plain = bool(path.parts) and str(path) == name and not set(name) & set("\\\0")
+    return is_plain and not path.is_absolute() and ".." not in path.parts

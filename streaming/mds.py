@@ -9,13 +9,12 @@ sizes of its columns of variable size, then all columns in the order of their na
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import mmap
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +24,7 @@ import numpy.typing as npt
 import zstandard
 
 from outgrow.errors import DataError, IntegrityError
-from outgrow.streaming.mds_index import Column, File, Shard, Shards, header_columns, read_index, read_our_shards
+from outgrow.streaming.mds_index import Column, File, Shard, Shards, header_columns, open_plain, read_index, read_our_shards
 
 Array: TypeAlias = npt.NDArray[Any]
 Int64: TypeAlias = npt.NDArray[np.int64]
@@ -52,18 +51,30 @@ class MdsFolder:
 
     ``expected`` is the sha256 of ``shards.safetensors``, which holds that of every shard; where it is None (a folder that
     another program wrote) ``index.json`` is read, and the hashes that it declares are checked. At most ``open_shards`` shards
-    stay mapped; a compressed shard is unpacked into an unnamed temporary file of the size that is declared.
+    stay mapped; a compressed shard is unpacked into an unnamed temporary file of the size that is declared. ``path_of`` gives
+    the path of a shard's file by its name, asked each time that the file is mapped; None: in the folder itself. Files that it
+    gives come and go, and are checked each time.
 
     Raises ``DataError`` for an index that is missing, malformed or hostile, ``IntegrityError`` for bytes that differ.
     """
 
-    def __init__(self, folder: Path, expected: str | None = None, *, open_shards: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        expected: str | None = None,
+        *,
+        open_shards: int = 8,
+        path_of: Callable[[str], Path] | None = None,
+    ) -> None:
         self.folder = folder
+        self._come_and_go = path_of is not None
+        self._path_of = path_of or folder.joinpath
         self._shards: Shards = read_index(folder) if expected is None else read_our_shards(folder, expected)
         self._ends = self._shards.ends.data  # its items are Python's own integers, which bisect fast
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._open_shards = open_shards
         self._verified = np.zeros(len(self._ends), np.int64)
+        self._files: dict[int, tuple[Path, int]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -81,7 +92,7 @@ class MdsFolder:
 
         An array is a read-only view into the shard and keeps it mapped.
         """
-        number = bisect.bisect_right(self._ends, sample)
+        number = self.shard_of(sample)
         opened = self._opened(number)
         row = sample - (self._ends[number - 1] if number else 0)
         try:
@@ -89,6 +100,21 @@ class MdsFolder:
         except (ValueError, TypeError, KeyError, IndexError) as error:
             where = str(self.folder / self._shards.shard(number).raw.name)
             raise DataError(f"column '{name}' of sample {row} cannot be read: {error}", where=where) from None
+
+    def shard_of(self, sample: int) -> int:
+        """Number of the shard that holds a sample."""
+        return bisect.bisect_right(self._ends, sample)
+
+    def close_replaced(self) -> None:
+        """Unmap the shards whose file is gone or changed since, which frees its room, and has it checked where it is back."""
+        for number in list(self._open):
+            path, identity = self._files[number]
+            try:
+                same = _identity(os.stat(path)) == identity
+            except FileNotFoundError:
+                same = False
+            if not same:
+                del self._open[number]
 
     def _opened(self, number: int) -> _OpenShard:
         if number in self._open:
@@ -104,13 +130,14 @@ class MdsFolder:
     def _map(self, number: int, shard: Shard) -> memoryview:
         """The uncompressed bytes of a shard, checked; hashing is skipped where the very same file was checked before."""
         # A foreign folder may keep both files.
-        packed = shard.zipped is not None and (shard.zipped_alone or not (self.folder / shard.raw.name).exists())
+        packed = shard.zipped is not None and (shard.zipped_alone or not self._path_of(shard.raw.name).exists())
         file = shard.zipped if shard.zipped is not None and packed else shard.raw
-        path = self.folder / file.name
+        path = self._path_of(file.name)
         data, identity = _map_file(path, file)
-        if self._verified[number] != identity:
+        if self._come_and_go or self._verified[number] != identity:
             _check(data, path, file.hashes)
             self._verified[number] = identity
+        self._files[number] = path, identity
         return _unpack(data, shard.raw.num_bytes, path) if packed else data
 
 
@@ -142,21 +169,22 @@ def decode(encoding: str, data: memoryview) -> Any:
 def _map_file(path: Path, file: File) -> tuple[memoryview, int]:
     """The mapped bytes of a plain file, and a number, not 0, that tells whether it is still the same file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # What another process holds in memory has a link of the kernel's for its name.
+        fd = os.open(path, os.O_RDONLY) if path.is_relative_to("/proc") else open_plain(path)
     except FileNotFoundError:
         raise IntegrityError("the shard is missing", where=str(path)) from None
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise DataError("a shard may not be a link", where=str(path)) from None
     try:
         stat = os.fstat(fd)
         if stat.st_size != file.num_bytes:
             raise IntegrityError(f"the shard has {stat.st_size:,} bytes, its index says {file.num_bytes:,}", where=str(path))
         mapped = memoryview(mmap.mmap(fd, file.num_bytes, access=mmap.ACCESS_READ))
-        return mapped, hash((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)) or 1
+        return mapped, _identity(stat)
     finally:
         os.close(fd)
+
+
+def _identity(stat: os.stat_result) -> int:
+    return hash((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)) or 1
 
 
 def _check(data: memoryview, path: Path, hashes: Mapping[str, str]) -> None:
@@ -194,10 +222,13 @@ def _locate_columns(data: memoryview, shard: Shard, where: str) -> _OpenShard:
     contradiction = DataError("the offsets of the shard contradict its index or its size", where=where)
     flat = np.frombuffer(data, np.uint8)
     count = int(np.frombuffer(data, "<u4", 1)[0])
-    bounds = np.frombuffer(data, "<u4", shard.samples + 1, 4).astype(np.int64)
-    begins, ends = bounds[:-1], bounds[1:]
-    if count != shard.samples or bounds[0] < 4 * (count + 2) or bounds[-1] > len(data):
+    if count != shard.samples or 4 * (count + 2) > len(data):
         raise contradiction
+    stored = np.frombuffer(data, "<u4", count + 1, 4)
+    if int(stored[0]) < 4 * (count + 2) or int(stored[-1]) > len(data):
+        raise contradiction  # before memory is taken for so many
+    bounds = stored.astype(np.int64)
+    begins, ends = bounds[:-1], bounds[1:]
     columns = shard.columns or _columns_of(data[4 * (count + 2) : bounds[0]], where)
     cursor = begins + 4 * sum(column.size is None for column in columns.values())
     if np.any(cursor > ends):
@@ -221,5 +252,5 @@ def _locate_columns(data: memoryview, shard: Shard, where: str) -> _OpenShard:
 def _columns_of(header: memoryview, where: str) -> dict[str, Column]:
     try:
         return header_columns(bytes(header))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DataError(f"the header of the shard does not tell its columns: {error}", where=where) from None

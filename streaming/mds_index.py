@@ -6,7 +6,9 @@ written by the build and is checked against its digest; a million shards open in
 
 from __future__ import annotations
 
-import json
+import errno
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,13 +103,18 @@ def read_our_shards(folder: Path, expected: str) -> OurShards:
     data = path.read_bytes()
     if digest(data) != expected:
         raise IntegrityError("the bytes differ from their digest", where=str(path))
-    return OurShards(ShardTable.parse(data))
+    return OurShards(ShardTable.parse(data, str(path)))
 
 
 def header_columns(header: bytes) -> dict[str, Column]:
-    """The columns that the JSON header of a shard tells. Raises ``ValueError`` or ``KeyError`` where it does not."""
-    config = json.loads(header)
-    return _columns(config["column_names"], config["column_encodings"], config["column_sizes"])
+    """The columns that the JSON header of a shard tells. Raises ``ValueError`` where it does not."""
+    try:
+        told = _Columns.model_validate_json(header, strict=True)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from None
+    if problem := _column_problem(told):
+        raise ValueError(problem)
+    return _columns(told)
 
 
 # --- foreign ones -----------------------------------------------------------------------------------------------------
@@ -127,16 +134,18 @@ class ListedShards:
 def read_index(folder: Path) -> ListedShards:
     """The shards of a foreign folder. Raises ``DataError`` where its index is missing, malformed or hostile."""
     path = folder / INDEX
-    if not path.is_file():
-        raise DataError("there is no MDS index", where=str(path), hint="an MDS folder holds index.json and its shards")
-    if path.stat().st_size > _MAX_INDEX_BYTES:
+    try:
+        with open(open_plain(path), "rb") as file:
+            text = file.read(_MAX_INDEX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "an MDS folder holds index.json and its shards"
+        raise DataError("there is no MDS index", where=str(path), hint=hint) from None
+    if len(text) > _MAX_INDEX_BYTES:
         raise DataError(f"the index is larger than {_MAX_INDEX_BYTES:,} bytes", where=str(path))
     try:
-        entries = _Index.model_validate_json(path.read_bytes(), strict=True).shards
+        entries = _Index.model_validate_json(text, strict=True).shards
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"not an MDS index of version 2: {key}: {first['msg']}", where=str(path)) from None
+        raise DataError(f"not an MDS index of version 2: {_first(error)}", where=str(path)) from None
     seen: set[str] = set()
     shards = []
     for entry in entries:
@@ -147,22 +156,48 @@ def read_index(folder: Path) -> ListedShards:
     return ListedShards(shards)
 
 
+def open_plain(path: Path) -> int:
+    """The descriptor of a file, open for reading. Raises ``DataError`` where it is a link, a folder, a pipe or a device."""
+    try:
+        # A pipe is opened without waiting for one who writes to it.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError("a file of an MDS folder may not be a link", where=str(path)) from None
+        if error.errno == errno.ENXIO:
+            raise DataError("it is no plain file", where=str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DataError("it is no plain file", where=str(path))
+    return fd
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, with its key."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
 class _File(BaseModel):
     basename: str
     bytes: Annotated[int, Field(ge=8, le=_MAX_SHARD_BYTES)]
     hashes: dict[str, str]
 
 
-class _Shard(BaseModel):
+class _Columns(BaseModel):
+    column_names: list[str]
+    column_encodings: list[str]
+    column_sizes: list[Annotated[int, Field(ge=0, le=_MAX_SHARD_BYTES)] | None]
+
+
+class _Shard(_Columns):
     version: Literal[2]
     format: Literal["mds"]
     compression: str | None
     raw_data: _File
     zip_data: _File | None
     samples: Annotated[int, Field(ge=0)]
-    column_names: list[str]
-    column_encodings: list[str]
-    column_sizes: list[Annotated[int, Field(ge=0)] | None]
 
 
 class _Index(BaseModel):
@@ -177,17 +212,28 @@ def _problem(entry: _Shard, seen: set[str]) -> str:
             return f"shard name {file.basename!r} is not a file of this folder"
         if file.basename in seen:
             return f"shard name {file.basename!r} is listed twice"
+        if without_end := [algorithm for algorithm in file.hashes if algorithm.startswith("shake")]:
+            return f"{file.basename}: the digest {without_end[0]} has no length of its own, and is not read"
         seen.add(file.basename)
     name = entry.raw_data.basename
-    if 4 * (entry.samples + 2) > entry.raw_data.bytes:
+    least = 4 * (entry.samples + 2) + entry.samples * sum(size or 4 for size in entry.column_sizes)
+    if least > entry.raw_data.bytes:
         return f"{name}: {entry.samples:,} samples do not fit into {entry.raw_data.bytes:,} bytes"
     if (entry.compression or "zstd").split(":")[0] != "zstd":
         return f"{name}: compression '{entry.compression}' is not read; read are: none, zstd"
-    names = entry.column_names
-    if not len(set(names)) == len(names) == len(entry.column_encodings) == len(entry.column_sizes):
-        return f"{name}: column names, encodings and sizes do not match"
-    if "pkl" in entry.column_encodings:
-        return f"{name}: column '{names[entry.column_encodings.index('pkl')]}' holds pickles, which are never read"
+    problem = _column_problem(entry)
+    return f"{name}: {problem}" if problem else ""
+
+
+def _column_problem(told: _Columns) -> str:
+    """What is wrong with the columns of a shard; empty where they can be read."""
+    names = told.column_names
+    if not names:
+        return "it has no columns"
+    if not len(set(names)) == len(names) == len(told.column_encodings) == len(told.column_sizes):
+        return "column names, encodings and sizes do not match"
+    if "pkl" in told.column_encodings:
+        return f"column '{names[told.column_encodings.index('pkl')]}' holds pickles, which are never read"
     return ""
 
 
@@ -198,10 +244,10 @@ def _shard(entry: _Shard) -> Shard:
         zipped=File(zipped.basename, zipped.bytes, zipped.hashes) if zipped else None,
         zipped_alone=False,
         samples=entry.samples,
-        columns=_columns(entry.column_names, entry.column_encodings, entry.column_sizes),
+        columns=_columns(entry),
     )
 
 
-def _columns(names: Sequence[str], encodings: Sequence[str], sizes: Sequence[int | None]) -> dict[str, Column]:
-    columns = zip(names, encodings, sizes, strict=True)
+def _columns(told: _Columns) -> dict[str, Column]:
+    columns = zip(told.column_names, told.column_encodings, told.column_sizes, strict=True)
     return {name: Column(name, encoding, size or None) for name, encoding, size in columns}

@@ -83,7 +83,7 @@ def pack_row(packed: PackedRows, place: int, row_id: int, stream: StreamRows, ro
 
     Segments number the documents within the row from 0. Positions start at 0 in each segment, so also where a row goes on
     with a document that an earlier row began: the model does not see that part either. The answers of a preference pair are two
-    segments; no target crosses from one to the other.
+    segments; no target crosses from one to the other. A row that was given up becomes an ``idle_row`` under its own id.
     """
     packed.row_ids[place] = row_id
     token_ids, targets, weights = packed.token_ids[place], packed.targets[place], packed.weights[place]
@@ -106,6 +106,8 @@ def pack_row(packed: PackedRows, place: int, row_id: int, stream: StreamRows, ro
             at, segment = own.stop, segment + 1
         pair += answers is not None
     positions[at:] = ramp[: stream.sequence_length - at]
+    if not at:
+        segments[:] = 0
 
 
 def pack(

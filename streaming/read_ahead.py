@@ -11,7 +11,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 
 from outgrow.errors import OutgrowError, TrainingError
+from outgrow.streaming.processes import start_python
 from outgrow.streaming.steps import PackedStep, ReadPlan, StepReader
 
 _READ_AHEAD_BYTES = 256 * 2**20
@@ -31,30 +31,26 @@ _START = "from outgrow.streaming.read_ahead import serve; serve({fd}, {parent})"
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """The steps of one worker: every ``stride``-th from ``first``, below ``stop``."""
+    """The steps of worker ``number``: every ``stride``-th from ``first``, below ``stop``."""
 
     plan: ReadPlan
+    number: int
     first: int
     stop: int
     stride: int
 
 
 class Worker:
-    """One loader worker seen from its rank; ``take`` gives its steps in order."""
+    """One loader worker seen from its rank; ``take`` gives its steps in order. ``position`` is the first step that has not come
+    from it."""
 
     def __init__(self, assignment: Assignment, *, depth: int) -> None:
         ours, theirs = Pipe(duplex=True)
         code = _START.format(fd=theirs.fileno(), parent=os.getpid())
-        # The child must import what this process imports, whatever put it on the path; -P keeps the working folder out of it.
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "OMP_NUM_THREADS": "1",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code], env=environment, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL
-        )
+        self._process = start_python(code, pass_fds=(theirs.fileno(),))
         theirs.close()
+        self.position = assignment.first
+        self._stride = assignment.stride
         self._connection = ours
         self._room = threading.Semaphore(depth)
         self._closing = False
@@ -95,6 +91,7 @@ class Worker:
             self._received.put(item)
             if isinstance(item, OutgrowError):
                 return
+            self.position = item.step + self._stride
 
 
 def _obituary(process: subprocess.Popen[bytes]) -> str:
@@ -130,7 +127,7 @@ def serve(fd: int, parent: int) -> None:
 
 def _steps(assignment: Assignment) -> Iterator[PackedStep | OutgrowError]:
     try:
-        reader = StepReader(assignment.plan)
+        reader = StepReader(assignment.plan, assignment.number)
         for step in range(assignment.first, assignment.stop, assignment.stride):
             yield reader.read(step)
     except OutgrowError as error:

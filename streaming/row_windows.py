@@ -6,7 +6,7 @@ window is laid by itself from its documents, and kept and read by itself, as one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -39,7 +39,7 @@ class Window:
     order    uint32 [P]       the document at each place, counted from ``first``
     starts   uint32 [P]       the token of the document that each piece begins with; empty where all documents are whole
     ends     int64 [P]        tokens up to and including each place
-    cuts     int64 [R + 1]    row r is tokens ``cuts[r]`` to ``cuts[r + 1]``
+    cuts     int64 [R + 1]    row r is tokens ``cuts[r]`` to ``cuts[r + 1]``; only a row that was given up is empty
     weights  float64 [R]      sum of the loss weights of each row's targets
     """
 
@@ -61,6 +61,8 @@ class Window:
     def spans(self, row: int) -> list[Span]:
         """What lies in a row of this window, in order."""
         start, stop = self.cuts[row : row + 2].tolist()
+        if start == stop:
+            return []
         first = int(np.searchsorted(self.ends, start, "right"))
         last = int(np.searchsorted(self.ends, stop, "left")) + 1
         ends = [int(self.ends[first - 1]) if first else 0, *self.ends[first:last].tolist()]
@@ -69,6 +71,34 @@ class Window:
             Span(self.first + document, piece + max(start, begin) - begin, min(stop, end) - max(start, begin))
             for document, piece, begin, end in zip(self.order[first:last].tolist(), starts, ends[:-1], ends[1:], strict=True)
         ]
+
+    def without(self, documents: Sequence[range]) -> Self:
+        """The window with every row empty that holds a token of ``documents`` (numbers in the split).
+
+        Rows keep their numbers, and those that are left their spans and weights; an empty row weighs nothing. A document that
+        lies in several rows has a place for each row then.
+        """
+        begins = np.concatenate([[0], self.ends[:-1]])
+        stretches = np.union1d(self.cuts, self.ends)  # each lies in one place and in one row
+        at, lengths = stretches[:-1], np.diff(stretches)
+        place, row = np.searchsorted(self.ends, at, "right"), _rows_of(self.cuts, at)
+        document = self.first + self.order[place].astype(np.int64)
+        is_empty = np.zeros(self.num_rows, bool)
+        for own in documents:
+            is_empty[row[(document >= own.start) & (document < own.stop)]] = True
+        if not is_empty.any():
+            return self
+        starts = at - begins[place] + (self.starts[place] if len(self.starts) else 0)
+        kept = ~is_empty[row]
+        row_tokens = np.where(is_empty, 0, np.diff(self.cuts))
+        return replace(
+            self,
+            order=self.order[place[kept]],
+            starts=starts[kept].astype(np.uint32),
+            ends=np.cumsum(lengths[kept], dtype=np.int64),
+            cuts=np.concatenate([[0], np.cumsum(row_tokens, dtype=np.int64)]),
+            weights=np.where(is_empty, 0.0, self.weights),
+        )
 
     def encode(self) -> bytes:
         """The window as one blob, safetensors."""

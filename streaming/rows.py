@@ -16,7 +16,7 @@ each in this respect.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, TypeAlias
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outgrow.contracts import Record
+from outgrow.errors import IntegrityError
 from outgrow.streaming.manifest import FILES, INDEX_MANIFEST, read_manifest
 from outgrow.streaming.row_files import WindowReader, read_window_table, rows_file, windows_file
 from outgrow.streaming.row_windows import Span, Window
@@ -155,17 +156,22 @@ class RowIndex:
     validation: tuple[StreamRows, ...]
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, lost: Mapping[str, Sequence[range]] | None = None) -> Self:
         """Reads the tables of windows alone; rows are read, and checked, when they are asked for.
+
+        ``lost`` has training documents by stream, see ``lost_shards``: a row with a token of one is read as empty, under its
+        own number. ``facts`` and the numbers of rows are those of the whole index all the same.
 
         Raises ``DataError`` where the index was never committed, ``IntegrityError`` where a byte differs.
         """
         facts, digests = read_facts(folder)
 
-        def streams(split: Split, own: tuple[SplitFacts, ...]) -> tuple[StreamRows, ...]:
-            return tuple(_open(folder, digests, split, stream, facts.sequence_length) for stream in own)
+        def streams(split: Split, own: tuple[SplitFacts, ...], lost: Mapping[str, Sequence[range]]) -> tuple[StreamRows, ...]:
+            return tuple(
+                _open(folder, digests, split, stream, facts.sequence_length, lost.get(stream.name, ())) for stream in own
+            )
 
-        return cls(facts, streams("train", facts.train), streams("validation", facts.validation))
+        return cls(facts, streams("train", facts.train, lost or {}), streams("validation", facts.validation, {}))
 
     def streams(self, split: Split) -> tuple[StreamRows, ...]:
         return self.train if split == "train" else self.validation
@@ -178,19 +184,26 @@ class RowIndex:
 def read_facts(folder: Path) -> tuple[IndexFacts, dict[str, str]]:
     """The facts of a committed index, and the sha256 of its files.
 
-    Raises ``DataError`` where it was never committed, ``IntegrityError`` where its manifest differs.
+    Raises ``DataError`` where it was never committed, ``IntegrityError`` where its manifest differs or is another one's.
     """
     manifest = read_manifest(folder, INDEX_MANIFEST)
-    return IndexFacts.from_dict({name: manifest[name] for name in IndexFacts.__dataclass_fields__}), manifest[FILES]
+    try:
+        facts = IndexFacts.from_dict({name: manifest[name] for name in IndexFacts.__dataclass_fields__})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"this is no manifest of a row index: {error}", where=str(folder / INDEX_MANIFEST)) from None
+    return facts, manifest[FILES]
 
 
-def _open(folder: Path, digests: Mapping[str, str], split: Split, facts: SplitFacts, sequence_length: int) -> StreamRows:
+def _open(
+    folder: Path, digests: Mapping[str, str], split: Split, facts: SplitFacts, sequence_length: int, lost: Sequence[range]
+) -> StreamRows:
     table = read_window_table(folder, facts.name, split, digests[windows_file(facts.name, split)])
+    read = WindowReader(folder / rows_file(facts.name, split), table)
     return StreamRows(
         name=facts.name,
         sequence_length=sequence_length,
         window_rows=table.rows,
-        read=WindowReader(folder / rows_file(facts.name, split), table),
+        read=(lambda number: read(number).without(lost)) if lost else read,
         sequential=facts.sequential,
         pairs=facts.pairs,
     )

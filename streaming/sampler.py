@@ -44,15 +44,25 @@ class StreamOrder:
         rows = self._rows(number, int(windows[turn]))
         return int(rows[within - int(ends[turn])])  # counted from the window's end
 
+    def windows(self, number: int) -> tuple[Int64, Int64]:
+        """The windows of a pass in order, int64 [windows], and how many of the pass's rows have gone by at the end of each."""
+        return self._windows(number)
+
+    def rows(self, number: int, window: int) -> Int64:
+        """The rows of a window in the order of pass ``number``, int64."""
+        return self._rows(number, window)
+
     def _order_of_windows(self, number: int) -> tuple[Int64, Int64]:
-        """The windows of a pass in order, int64 [windows], and how many rows have gone by at the end of each."""
         starts = self._stream.window_rows
+        if self._stream.sequential:
+            return np.arange(len(starts) - 1), starts[1:]
         order = permutation(len(starts) - 1, "windows", self._seed, self._stream.name, number)
         return order, np.cumsum(np.diff(starts)[order])
 
     def _order_within(self, number: int, window: int) -> Int64:
-        """The rows of a window in the order of a pass, int64."""
         first, after = self._stream.window_rows[window : window + 2].tolist()
+        if self._stream.sequential:
+            return np.arange(first, after)
         order: Int64 = first + permutation(after - first, "rows", self._seed, self._stream.name, number, skip=first)
         return order
 

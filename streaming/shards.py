@@ -14,9 +14,10 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from outgrow.errors import IntegrityError
+from outgrow.errors import DataError, IntegrityError
 from outgrow.storage import digest
 
 SHARDS = "shards.safetensors"
@@ -66,8 +67,16 @@ class ShardTable:
         save_file({field.name: getattr(self, field.name) for field in fields(self)}, folder / SHARDS)
 
     @classmethod
-    def parse(cls, data: bytes) -> Self:
-        return cls(**load(data))
+    def parse(cls, data: bytes, where: str = "") -> Self:
+        """The table that ``save`` wrote to ``where``. Raises ``DataError`` for bytes that hold none: a digest proves that they
+        are what was written, not who wrote them."""
+        try:
+            table = cls(**load(data))
+        except (SafetensorError, TypeError) as error:
+            raise DataError(f"this is no table of shards: {error}", where=where) from None
+        if problem := _problem(table):
+            raise DataError(f"this is no table of shards: {problem}", where=where)
+        return table
 
     @classmethod
     def of(cls, entries: Iterable[ShardEntry]) -> Self:
@@ -85,6 +94,22 @@ class ShardTable:
             zip_bytes=np.array(zip_bytes, np.int64),
             digest=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
         )
+
+
+def _problem(table: ShardTable) -> str:
+    """What cannot be true of a table; empty where all can be."""
+    count = len(table.samples) if table.samples.ndim else 0
+    forms = {"samples": ("int32", (count,)), "raw_bytes": ("int64", (count,)), "zip_bytes": ("int64", (count,))}
+    for name, form in {**forms, "digest": ("uint8", (count, 32))}.items():
+        array = getattr(table, name)
+        if (array.dtype.name, array.shape) != form:
+            return f"{name} is {array.dtype}{list(array.shape)}, and should be {form[0]}{list(form[1])}"
+    most = 2**32  # MDS keeps offsets as uint32
+    if np.any(table.samples < 0) or np.any(4 * (table.samples.astype(np.int64) + 2) > table.raw_bytes):
+        return "the samples of a shard do not fit into it"
+    if np.any(table.raw_bytes > most) or np.any((table.zip_bytes < 0) | (table.zip_bytes > most)):
+        return f"a shard has no more than {most:,} bytes"
+    return ""
 
 
 def shard_name(shard: int, *, compressed: bool) -> str:
@@ -124,6 +149,6 @@ def every_file(digests: Mapping[str, str], read: Callable[[str], bytes]) -> Iter
             data = read(path)
             if digest(data) != expected:
                 raise IntegrityError("the bytes differ from their digest", where=path)
-            table = ShardTable.parse(data)
+            table = ShardTable.parse(data, path)
             for shard in range(len(table)):
                 yield f"{folder}/{table.name(shard)}", table.sha256(shard)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,14 @@ from outgrow.contracts import Layout, Record
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.mix import Mix
 from outgrow.streaming.documents import Documents
+from outgrow.streaming.lost_shards import LostShard, lost_documents
 from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
 from outgrow.streaming.packing import PackedRows, pack
 from outgrow.streaming.rows import RowIndex
 from outgrow.streaming.sampler import Sampler, validation_rows
 from outgrow.streaming.selection import Split
+from outgrow.streaming.tiers.gate import Gate
+from outgrow.streaming.tiers.shard_list import split_folder
 
 _NEIGHBOUR_SHARDS = 2
 """Shards that stay mapped beside those of one window, for the step that ends a window and begins the next."""
@@ -32,20 +37,12 @@ class IndexPlace(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LostShard(Record):
-    """Shard ``shard`` of the training split of ``stream``, whose rows the run has given up."""
-
-    stream: str
-    shard: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReadPlan(Record):
     """All that reading takes, as plain data for another process. ``store`` is a local folder; ``indexes`` are in the order of
     the dataset's card, by which ``mix`` counts them.
 
-    ``gate`` is the folder in which the node's prefetcher is found, empty where the shards lie in ``store``. Rows that touch a
-    shard of ``lost`` are read as empty, and weigh nothing.
+    ``gate`` is the folder in which the node's prefetcher is found, empty where the shards lie in ``store``; ``attempt`` names
+    the start of the ranks, which it tells apart. Rows that touch a shard of ``lost`` are read as empty, and weigh nothing.
     """
 
     store: str
@@ -56,6 +53,7 @@ class ReadPlan(Record):
     seed: int
     fill_token: int
     gate: str = ""
+    attempt: str = ""
     lost: tuple[LostShard, ...] = ()
 
 
@@ -95,6 +93,11 @@ class SplitReader:
             ),
         )
 
+    def close_replaced(self) -> None:
+        """Unmap the shards whose copies are gone, or were changed."""
+        for documents in self._documents:
+            documents.close_replaced()
+
     def _sums(self, row_ids: npt.NDArray[np.int64]) -> tuple[float, int]:
         """Loss weights and tokens of all rows of a step."""
         owners = np.searchsorted(self.first_rows, row_ids, "right") - 1
@@ -106,23 +109,39 @@ class SplitReader:
 
 
 class StepReader:
-    """The training steps of one rank, in any order."""
+    """The training steps of one rank: in any order, or, where its shards are fetched, every n-th as reader ``reader`` of n."""
 
-    def __init__(self, plan: ReadPlan) -> None:
-        indexes = [_open_index(plan, place) for place in plan.indexes]
-        documents = _open_documents(plan, indexes[0], "train")  # the indexes of a card are of one store
+    def __init__(self, plan: ReadPlan, reader: int = 0) -> None:
+        self._gate = open_gate(plan, reader)
+        indexes = open_indexes(plan)
+        # The indexes of a card are of one store.
+        documents = _open_documents(plan, indexes[0], "train", self._gate)
         self._readers = [SplitReader(plan, index, "train", documents) for index in indexes]
         self._sampler = Sampler(indexes, plan.mix, plan.seed)
 
     def read(self, step: int) -> PackedStep:
+        """Raises ``ShardError`` where no place has a shard of the step whole."""
+        if self._gate is None:
+            return self._read(step)
+        self._gate.acquire(step)
+        self._readers[0].close_replaced()
+        packed = self._read(step)
+        self._gate.release(step)
+        return packed
+
+    def close(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+
+    def _read(self, step: int) -> PackedStep:
         phase = self._sampler.phase(step)
         return self._readers[phase.index].read(step, phase.epoch, self._sampler.row_ids(step))
 
 
-def validation_reader(plan: ReadPlan) -> SplitReader:
-    """The held-out rows, of the first index."""
+def validation_reader(plan: ReadPlan, gate: Gate | None = None) -> SplitReader:
+    """The held-out rows, of the first index; read through ``gate`` where there is one."""
     index = _open_index(plan, plan.indexes[0])
-    return SplitReader(plan, index, "validation", _open_documents(plan, index, "validation"))
+    return SplitReader(plan, index, "validation", _open_documents(plan, index, "validation", gate))
 
 
 def validation_steps(reader: SplitReader, max_rows: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -135,8 +154,18 @@ def validation_steps(reader: SplitReader, max_rows: int) -> list[tuple[str, tupl
     return steps
 
 
+def open_gate(plan: ReadPlan, reader: int = 0) -> Gate | None:
+    """The rank's way to the prefetcher; None where it reads in place."""
+    return Gate(Path(plan.gate), rank=plan.rank, attempt=plan.attempt, reader=reader) if plan.gate else None
+
+
+def open_indexes(plan: ReadPlan) -> list[RowIndex]:
+    """The row indexes of the plan, in its order. Raises ``IntegrityError`` where one is not what the card names."""
+    return [_open_index(plan, place) for place in plan.indexes]
+
+
 def _open_index(plan: ReadPlan, place: IndexPlace) -> RowIndex:
-    index = RowIndex.open(Path(place.folder))
+    index = RowIndex.open(Path(place.folder), lost_documents(Path(plan.store), plan.lost))
     if index.facts.fingerprint != place.fingerprint:
         raise IntegrityError("the row index is another one than the dataset's card names", where=place.folder)
     if not index.facts.rows:
@@ -144,8 +173,18 @@ def _open_index(plan: ReadPlan, place: IndexPlace) -> RowIndex:
     return index
 
 
-def _open_documents(plan: ReadPlan, index: RowIndex, split: Split) -> list[Documents]:
+def _open_documents(plan: ReadPlan, index: RowIndex, split: Split, gate: Gate | None) -> list[Documents]:
     store = Path(plan.store)
     digests = read_manifest(store, STORE_MANIFEST)[FILES]
     open_shards = index.facts.window_shards + _NEIGHBOUR_SHARDS
-    return [Documents(store, stream.name, split, digests, open_shards=open_shards) for stream in index.streams(split)]
+    found = []
+    for stream in index.streams(split):
+        ways: dict[str, Any] = {}
+        if gate is not None:
+            ways = {"path_of": partial(_path, gate, stream.name, split), "heal": partial(gate.heal, stream.name, split)}
+        found.append(Documents(store, stream.name, split, digests, open_shards=open_shards, **ways))
+    return found
+
+
+def _path(gate: Gate, stream: str, split: Split, name: str) -> Path:
+    return gate.path(f"{split_folder(stream, split)}/{name}")

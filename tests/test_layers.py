@@ -11,14 +11,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("recipes", "streaming", "monitoring", "trainers", "cluster")
-SPINE = {"errors", "contracts", "storage", "torchvision", "__init__"}
+SPINE = {"errors", "contracts", "retry", "multipart", "storage", "torchvision", "__init__"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
-    "storage": {"errors"},
+    "retry": {"errors"},
+    "multipart": {"errors", "retry"},
+    "storage": {"errors", "retry", "multipart"},
     "torchvision": set(),
     "recipes": {"errors", "contracts", "storage"},
-    "streaming": {"errors", "contracts", "storage", "torchvision", "recipes"},
+    "streaming": {"errors", "contracts", "retry", "storage", "torchvision", "recipes"},
     "monitoring": {"errors", "contracts", "storage", "recipes"},
     "trainers": {"errors", "contracts", "storage", "torchvision", "recipes", "streaming", "monitoring"},
     "cluster": {"errors", "contracts", "storage", "recipes", "monitoring"},

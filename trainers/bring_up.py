@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from outgrow.contracts import JobSpec, Layout
+from outgrow.recipes.placed import weights_folder
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.model import FolderModel
 from outgrow.recipes.schema.site import Site
@@ -75,7 +75,7 @@ def start_engine(job: JobSpec, recipe: Recipe, layout: Layout, storage: Storage,
 def first_weights(recipe: Recipe, site: Site, config: PretrainedConfig, model: PreTrainedModel) -> TensorSource:
     """What the parameters are before the first step: a folder's, checked against ``model``, or drawn from the seed."""
     if isinstance(recipe.model, FolderModel):
-        folder = GrownWeights(Path(site.locate(recipe.model.path)), model)
+        folder = GrownWeights(weights_folder(site, recipe.model.path), model)
         folder.check(model)
         return folder
     return SeededWeights(config, recipe.run.seed)

@@ -6,16 +6,18 @@ validation, and before a checkpoint, which is never made of weights that a non-f
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 
 from outgrow.contracts import CheckpointRef, Context, JobSpec, Layout, Loader, StepRows, WorkerResult
-from outgrow.errors import IntegrityError, TrainingError
+from outgrow.errors import IntegrityError, ShardError, TrainingError
 from outgrow.recipes.layout import resolve, total_steps
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
@@ -37,6 +39,9 @@ from outgrow.trainers.records import Records
 from outgrow.trainers.saves import Saves
 from outgrow.trainers.schedule import learning_rate
 from outgrow.trainers.validation import validate
+
+if TYPE_CHECKING:
+    from outgrow.streaming.lost_shards import LostShard
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,11 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
     """The end of the run on this rank, after training it from its newest checkpoint, or from the start, to its last step.
 
     A run that has come to its last step already returns at once. Raises ``TrainingError`` for a gradient that is not
-    finite and for a last checkpoint that cannot be written; what the parts raise (``UserError``, ``IntegrityError``)
-    passes through.
+    finite and for a last checkpoint that cannot be written, ``RestartError`` where the run has given up a shard; what the
+    parts raise (``UserError``, ``IntegrityError``) passes through.
     """
     from outgrow.streaming.loader import build_loader, build_validation
+    from outgrow.streaming.quarantine import answer
 
     recipe = Recipe.model_validate(job.recipe)
     storage = Site.model_validate(job.site).open_storage()
@@ -77,12 +83,13 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
         device = prepare_process(job, recipe, context.local_rank)
         layout = resolve(recipe, context.world, context.local_world)
         started = start_engine(job, recipe, layout, storage, device)
-        records.say("start", started.progress, detail=_versions_and_layout(layout, device, started))
+        lost = _lost_shards(storage, job.run.folder, context.rank)
+        records.say("start", started.progress, detail=_versions_and_layout(layout, device, started) | _named(lost))
         group = Group(job.run.folder, context.attempt, context.rank, context.world)
         step = started.progress.step
         with (
             closing(_saves(recipe, storage, group, started, device)) as saves,
-            closing(build_loader(job, layout, context.rank, start_step=step, stop_step=steps)) as loader,
+            closing(build_loader(job, layout, context.rank, start_step=step, stop_step=steps, lost=lost)) as loader,
         ):
             run = _Run(
                 job=job,
@@ -99,7 +106,10 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
                 watch=FiniteWatch(device),
                 pace=Pace(),
             )
-            _train(run)
+            try:
+                _train(run)
+            except ShardError as error:
+                raise answer(error, job, lost) from error
         return run.progress.result(step_folder(job.run.folder, steps))
 
 
@@ -226,6 +236,20 @@ def _fault(storage: Storage, ref: CheckpointRef) -> str:
     except (IntegrityError, FileNotFoundError) as error:
         return str(error)
     return ""
+
+
+def _lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:
+    """The shards that the run goes on without, as one rank reads them: equal on all. A collective."""
+    from outgrow.streaming.lost_shards import LostShard
+    from outgrow.streaming.quarantine import read_lost
+
+    read = [shard.to_dict() for shard in read_lost(storage, run_folder)] if rank == 0 else []
+    return tuple(LostShard.from_dict(shard) for shard in json.loads(gather_texts(json.dumps(read))[0]))
+
+
+def _named(lost: tuple[LostShard, ...]) -> dict[str, object]:
+    """What the record of a start says of lost shards, where there are any."""
+    return {"lost_shards": [shard.to_dict() for shard in lost]} if lost else {}
 
 
 def _saves(recipe: Recipe, storage: Storage, group: Group, started: Started, device: torch.device) -> Saves:

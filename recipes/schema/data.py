@@ -88,6 +88,10 @@ class Data(Section):
     """Documents are shuffled and packed within windows of this many neighbouring shards, so that slow tiers can stream."""
     loader_workers: int = Field(default=1, ge=0, le=64)
     """Processes a rank that read and pack ahead; 0 reads in the training process."""
+    on_bad_shard: Literal["stop", "quarantine"] = "stop"
+    """What a run does that finds a shard of its training rows whole in no place: ``stop``, or ``quarantine``, which lists every
+    row with a token of the shard in the run's folder, starts the ranks again and reads those rows as empty from then on, for
+    good; it does so for 16 shards or 1% of all, whichever is more, but never for more than half."""
 
     def rules(self) -> Iterator[tuple[str, str]]:
         names = [stream.name for stream in self.streams]

@@ -11,6 +11,7 @@
     │   └── ClusterError          no cluster at the address, no token, no capacity
     ├── IntegrityError            bytes that differ from their digest; never trusted, never skipped in silence
     │   └── ShardError            a shard of the training rows that no place has whole
+    ├── RestartError              a fault that a rank has dealt with: started again, the ranks go on without it
     └── TrainingError             the run itself failed: non-finite loss, a lost rank, a save that cannot finish
 
 A message says what was given and what is allowed; ``where`` is a file, file:line or key path; ``hint`` is the nearest thing
@@ -111,6 +112,10 @@ class ShardError(IntegrityError):
         super().__init__(message, where=where, hint=hint)
         self.stream = stream
         self.shard = shard
+
+
+class RestartError(OutgrowError):
+    """A fault that a rank has dealt with; the ranks go on once they are all started again, which is no failure of the run."""
 
 
 class TrainingError(OutgrowError):

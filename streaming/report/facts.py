@@ -19,16 +19,16 @@ from outgrow.contracts import DatasetCard, IndexCard
 from outgrow.recipes.layout import total_steps
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.site import Site
 from outgrow.streaming.document_table import read_tables
-from outgrow.streaming.dropped import DroppedLine, dropped
-from outgrow.streaming.fetch import index_folder, local_dataset
-from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
+from outgrow.streaming.dropped import DroppedLine, dropped_lines
+from outgrow.streaming.fetch import index_folder
+from outgrow.streaming.manifest import STORE_MANIFEST, read_manifest
 from outgrow.streaming.report.lengths import Lengths
 from outgrow.streaming.row_files import DroppedTable, dropped_file, read_dropped_table
 from outgrow.streaming.rows import SplitFacts, read_facts
 from outgrow.streaming.selection import REASONS, Split
 from outgrow.streaming.store import StreamCounts, parse_facts
+from outgrow.streaming.tiers.on_demand import Dataset
 
 TRAINED, HELD_OUT = "training", "held out"
 """Outcomes of a document that is used; all others are reasons."""
@@ -41,11 +41,19 @@ Counts: TypeAlias = dict[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A dataset on this machine: its store, the sha256 of the store's files, and the documents in no row of its first index."""
+    """A dataset that is open, and the documents in no row of its first index."""
 
-    store: Path
-    digests: Mapping[str, str]
+    dataset: Dataset
     dropped: Mapping[tuple[str, Split], DroppedTable]
+
+    @property
+    def store(self) -> Path:
+        return self.dataset.store
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """sha256 of the store's files."""
+        return self.dataset.digests
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,14 +99,12 @@ class MixPart:
     passes: dict[str, float]
 
 
-def open_dataset(site: Site, card: DatasetCard) -> Opened:
-    """Raises ``DataError`` where the dataset is not on this node, ``IntegrityError`` where a byte of it differs."""
-    store = local_dataset(site, card)
-    folder = index_folder(store, card, card.indexes[0])
+def look_through(dataset: Dataset, card: DatasetCard) -> Opened:
+    """Raises ``IntegrityError`` where a byte differs."""
+    folder = index_folder(dataset.store, card, card.indexes[0])
     _, digests = read_facts(folder)
     return Opened(
-        store=store,
-        digests=read_manifest(store, STORE_MANIFEST)[FILES],
+        dataset=dataset,
         dropped={
             (stream.name, split): read_dropped_table(folder, stream.name, split, digests[dropped_file(stream.name, split)])
             for stream in card.streams
@@ -107,7 +113,7 @@ def open_dataset(site: Site, card: DatasetCard) -> Opened:
     )
 
 
-def stream_facts(opened: Opened, site: Site, card: DatasetCard, recipe: Recipe) -> list[StreamFacts]:
+def stream_facts(opened: Opened, card: DatasetCard, recipe: Recipe) -> list[StreamFacts]:
     """The streams in the order of the recipe."""
     built = {own.name: own for own in parse_facts(read_manifest(opened.store, STORE_MANIFEST)).streams}
     found = []
@@ -134,7 +140,7 @@ def stream_facts(opened: Opened, site: Site, card: DatasetCard, recipe: Recipe) 
                 lengths=lengths,
                 weight=weight,
                 examples={
-                    reason: tuple(islice(dropped(site, card, stream.name, reason), EXAMPLES))
+                    reason: tuple(islice(dropped_lines(opened.dataset, card, [stream.name], reason), EXAMPLES))
                     for reason in documents
                     if reason not in (TRAINED, HELD_OUT)
                 },

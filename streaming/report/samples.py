@@ -93,7 +93,7 @@ class Reader:
 
     def documents(self, name: str, split: Split) -> Documents:
         if (name, split) not in self._open:
-            self._open[name, split] = Documents(self._opened.store, name, split, self._opened.digests, open_shards=2)
+            self._open[name, split] = self._opened.dataset.documents(name, split, open_shards=2)
         return self._open[name, split]
 
     def describe(self, name: str, split: Split, document: int) -> tuple[str, str]:

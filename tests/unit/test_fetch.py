@@ -1,24 +1,30 @@
-"""A remote dataset on this node: whole and checked, or not there; fetched once however many ask."""
+"""A dataset that is read through a tier: on this node are its store and indexes without the shards, checked, or nothing."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
-from token_stores import Dataset, documents, layout, make_dataset
+from token_stores import Dataset, documents, make_dataset
 
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.schema.site import Site
-from outgrow.storage import Storage, tree_digests
-from outgrow.streaming.fetch import local_dataset
-from outgrow.streaming.loader import build_loader
+from outgrow.retry import Patience, Unreachable
+from outgrow.storage import Storage, digest, tree_digests
+from outgrow.streaming.fetch import index_folder, local_dataset
+from outgrow.streaming.rows import RowIndex
+from outgrow.streaming.store import read_store
+from outgrow.streaming.tiers import reading
+from outgrow.streaming.tiers.reading import open_reading
 
-SHARD = "datasets/s/streams/books/train/shard.00001.mds"
+TABLE = "datasets/s/streams/books/train/shards.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +61,25 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def site(remote: str, cache: Path) -> Site:
-    return Site.model_validate({"storage": remote, "cache": str(cache)})
+def site(storage: str, cache: Path, *tiers: dict[str, Any]) -> Site:
+    return Site.model_validate({"storage": storage, "cache": str(cache), "tiers": tiers})
 
 
-def test_the_copy_is_the_original_and_trains_alike(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+def without_shards(dataset: Dataset) -> dict[str, str]:
+    return {name: sha256 for name, sha256 in tree_digests(dataset.store).items() if not name.endswith(".mds")}
+
+
+# --- what is copied ---------------------------------------------------------------------------------------------------
+
+
+def test_the_copy_is_the_original_without_its_shards(dataset: Dataset, remote: str, tmp_path: Path) -> None:
     folder = local_dataset(site(remote, tmp_path), dataset.card)
-    assert folder == tmp_path / "datasets/s"
-    assert len(dataset.card.indexes) == 2 and all((tmp_path / index.folder).is_dir() for index in dataset.card.indexes)
-    assert tree_digests(folder) == tree_digests(dataset.store)
-    here = build_loader(dataset.job(), layout(1), 0, start_step=0, stop_step=3)
-    there = build_loader(dataset.job(storage=remote, cache=str(tmp_path)), layout(1), 0, start_step=0, stop_step=3)
-    assert [step.row_ids for step in here] == [step.row_ids for step in there]
-
-
-def test_local_storage_is_read_in_place(dataset: Dataset, tmp_path: Path) -> None:
-    assert local_dataset(site(str(dataset.root), tmp_path / "cache"), dataset.card) == dataset.store
-    assert not (tmp_path / "cache").exists()
+    assert folder == tmp_path / "mirror/datasets/s"
+    assert tree_digests(folder) == without_shards(dataset)
+    assert read_store(folder) == read_store(dataset.store)
+    assert len(dataset.card.indexes) == 2
+    for index in dataset.card.indexes:
+        assert RowIndex.open(index_folder(folder, dataset.card, index)).facts.fingerprint == index.fingerprint
 
 
 def test_ranks_of_a_node_fetch_once(dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]) -> None:
@@ -80,7 +88,7 @@ def test_ranks_of_a_node_fetch_once(dataset: Dataset, remote: str, tmp_path: Pat
         rank.start()
     for rank in ranks:
         rank.join()
-    assert SHARD in downloads
+    assert TABLE in downloads
     assert len(set(downloads)) == len(downloads)
 
 
@@ -88,23 +96,23 @@ def test_an_interrupted_fetch_shows_nothing_and_is_taken_up_where_it_stopped(
     dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]
 ) -> None:
     storage = Storage(remote)
-    whole = storage.read(SHARD)
-    storage.remove(SHARD)
-    with pytest.raises(IntegrityError, match="shard.00001.mds: the file is missing"):
+    whole = storage.read(TABLE)
+    storage.remove(TABLE)
+    with pytest.raises(IntegrityError, match=r"train/shards\.safetensors: the file is missing"):
         local_dataset(site(remote, tmp_path), dataset.card)
-    assert not (tmp_path / "datasets").exists()
-    storage.write(SHARD, whole)
-    before, downloads[:] = set(downloads) - {SHARD}, []
+    assert not (tmp_path / "mirror/datasets").exists()
+    storage.write(TABLE, whole)
+    before, downloads[:] = set(downloads) - {TABLE}, []
     folder = local_dataset(site(remote, tmp_path), dataset.card)
     assert before
     assert not before & set(downloads)
-    assert tree_digests(folder) == tree_digests(dataset.store)
+    assert tree_digests(folder) == without_shards(dataset)
 
 
 def test_a_bad_download_is_fetched_again(
     dataset: Dataset, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    download, bad = Storage.download, [SHARD, SHARD]
+    download, bad = Storage.download, [TABLE, TABLE]
 
     def flaky(self: Storage, key: str, local: Path) -> None:
         download(self, key, local)
@@ -113,55 +121,113 @@ def test_a_bad_download_is_fetched_again(
             local.write_bytes(local.read_bytes()[:-1])
 
     monkeypatch.setattr(Storage, "download", flaky)
-    assert tree_digests(local_dataset(site(remote, tmp_path), dataset.card)) == tree_digests(dataset.store)
+    assert tree_digests(local_dataset(site(remote, tmp_path), dataset.card)) == without_shards(dataset)
 
 
 def test_what_stays_damaged_is_refused_by_name(dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]) -> None:
     storage = Storage(remote)
-    storage.write(SHARD, storage.read(SHARD)[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="(?s)shard.00001.mds: .*after 3 downloads"):
+    storage.write(TABLE, storage.read(TABLE)[:-1] + b"?")
+    with pytest.raises(IntegrityError, match=r"(?s)train/shards\.safetensors: .*after 3 downloads"):
         local_dataset(site(remote, tmp_path), dataset.card)
-    assert downloads.count(SHARD) == 3
-    assert not (tmp_path / "datasets").exists()
+    assert downloads.count(TABLE) == 3
+    assert not (tmp_path / "mirror/datasets").exists()
 
 
-def test_a_damaged_table_of_shards_is_refused_before_a_shard_is_asked_for(
-    dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]
-) -> None:
-    table = "datasets/s/streams/books/train/shards.safetensors"
-    storage = Storage(remote)
-    storage.write(table, storage.read(table)[:-1] + b"?")
-    with pytest.raises(IntegrityError, match="(?s)shards.safetensors: .*after 3 downloads"):
-        local_dataset(site(remote, tmp_path), dataset.card)
-    assert SHARD not in downloads
-
-
-def test_a_manifest_that_names_a_file_outside_is_refused(dataset: Dataset, remote: str, tmp_path: Path) -> None:
-    import json
-
-    from outgrow.storage import digest
-
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a\\b", "a\0b"])
+def test_a_manifest_that_names_a_file_outside_is_refused(dataset: Dataset, remote: str, tmp_path: Path, name: str) -> None:
     storage = Storage(remote)
     manifest = storage.read_json("datasets/s/store.json")
-    manifest["files"]["../../evil"] = "0" * 64
+    manifest["files"][name] = "0" * 64
     text = json.dumps(manifest).encode()
     storage.write("datasets/s/store.json", text)
     storage.write("datasets/s/COMMITTED", digest(text).encode())
-    with pytest.raises(DataError, match="outside its folder: ../../evil"):
-        local_dataset(site(remote, tmp_path), dataset.card)
-
-
-def test_a_dataset_that_was_never_committed_is_not_there(dataset: Dataset, remote: str, tmp_path: Path) -> None:
-    Storage(remote).remove("datasets/s/COMMITTED")
-    with pytest.raises(DataError, match="has no dataset datasets/s"):
+    with pytest.raises(DataError, match="outside its folder: '.*'"):
         local_dataset(site(remote, tmp_path), dataset.card)
 
 
 def test_a_cache_without_room_is_refused_before_anything_is_fetched(
     dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    names = json.loads((dataset.store / "store.json").read_bytes())["files"]
+    num_bytes = sum((dataset.store / name).stat().st_size for name in names)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=dataset.card.bytes - 1))
-    with pytest.raises(DataError, match=r"(?s)the dataset takes .* bytes, the cache has .* free.*cache: in site\.yaml"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=num_bytes - 1))
+    with pytest.raises(DataError, match=rf"(?s)takes {num_bytes:,} bytes, the cache has .* free.*cache: in site\.yaml"):
         local_dataset(site(remote, tmp_path), dataset.card)
     assert not downloads
+
+
+# --- from where it is read --------------------------------------------------------------------------------------------
+
+
+def test_local_storage_is_read_in_place(dataset: Dataset, tmp_path: Path) -> None:
+    found = open_reading(site(str(dataset.root), tmp_path / "cache"), dataset.card)
+    assert (found.store, found.hot) == (dataset.store, None)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_storage_that_is_the_first_tier_is_read_in_place(dataset: Dataset, tmp_path: Path) -> None:
+    tiers = [{"name": "nvme", "path": str(dataset.root)}, {"name": "usb", "path": str(tmp_path / "usb")}]
+    found = open_reading(site(str(dataset.root), tmp_path / "cache", *tiers), dataset.card)
+    assert (found.store, found.hot) == (dataset.store, None)
+
+
+def test_a_slower_tier_is_read_through_the_first(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+    tiers = [
+        {"name": "nvme", "path": str(tmp_path / "nvme")},
+        {"name": "hdd", "path": str(dataset.root)},
+        {"name": "usb", "path": str(tmp_path / "usb")},
+    ]
+    found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
+    assert found.hot is not None and found.hot.name == "nvme"
+    assert [place.name for place in found.holders] == ["hdd", "storage"]
+    assert tree_digests(found.store) == without_shards(dataset)
+
+
+def test_a_copy_on_the_first_tier_is_a_holder_like_others(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+    tiers = [{"name": "nvme", "path": str(dataset.root)}]
+    found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
+    assert found.hot is not None
+    assert [place.name for place in found.holders] == ["nvme", "storage"]
+
+
+def test_without_tiers_a_bucket_is_read_through_the_cache(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+    for _ in range(2):  # what was copied there the first time does not pass for the dataset
+        found = open_reading(site(remote, tmp_path), dataset.card)
+        assert found.hot is not None and found.hot.folder == tmp_path
+        assert [place.name for place in found.holders] == ["storage"]
+
+
+def test_a_dataset_that_was_never_committed_is_not_there(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+    Storage(remote).remove("datasets/s/COMMITTED")
+    with pytest.raises(DataError, match="has no dataset datasets/s under .* or memory://"):
+        local_dataset(site(remote, tmp_path), dataset.card)
+
+
+def test_a_damaged_file_is_taken_from_another_place(
+    dataset: Dataset, remote: str, tmp_path: Path, downloads: list[str]
+) -> None:
+    copy = tmp_path / "hdd"
+    shutil.copytree(dataset.store, copy / "datasets/s")
+    (copy / TABLE).write_bytes(b"?" * (copy / TABLE).stat().st_size)
+    tiers = [{"name": "nvme", "path": str(tmp_path / "nvme")}, {"name": "hdd", "path": str(copy)}]
+    found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
+    assert tree_digests(found.store) == without_shards(dataset)
+    assert downloads.count(TABLE) == 4, "three times from the disk, once from the bucket"
+
+
+def test_a_bucket_that_does_not_answer_stops_nothing_that_is_here(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_ASK_S", 0.2)
+    monkeypatch.setattr("outgrow.storage.PATIENCE", Patience(total_s=0.2))
+    nobody = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s"}
+    tiers = [{"name": "nvme", "path": str(tmp_path / "nvme")}, {"name": "hdd", "path": str(dataset.root)}]
+    given = {"storage": "s3://gone/prefix", "storage_options": nobody, "cache": str(tmp_path / "cache")}
+    far = {"name": "far", "path": "s3://far", "options": nobody}
+    found = open_reading(Site.model_validate(given | {"tiers": [*tiers, far]}), dataset.card)
+    assert [place.name for place in found.holders] == ["hdd", "storage"], "the storage may have it; nothing is known of far"
+    alone = Site.model_validate(given | {"tiers": tiers[:1]})
+    assert [place.name for place in open_reading(alone, dataset.card).holders] == ["storage"], "store and indexes are here"
+    with pytest.raises(Unreachable, match="s3://gone/prefix: cannot look for datasets/s/COMMITTED"):
+        open_reading(alone.model_copy(update={"cache": str(tmp_path / "other")}), dataset.card)

@@ -19,14 +19,14 @@ from outgrow.contracts import DatasetCard
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.build import build
-from outgrow.streaming.documents import Documents
 from outgrow.streaming.report import make_report, samples
 from outgrow.streaming.report.clusters import biggest_clusters, cluster_sizes
-from outgrow.streaming.report.facts import mix_parts, open_dataset, stream_facts
+from outgrow.streaming.report.facts import look_through, mix_parts, stream_facts
 from outgrow.streaming.report.lengths import Lengths
 from outgrow.streaming.report.page import _visible
 from outgrow.streaming.row_files import DroppedTable
 from outgrow.streaming.selection import REASONS
+from outgrow.streaming.tiers.on_demand import open_dataset
 
 RUSSIAN = ["мороз", "солнце", "день", "чудесный", "ещё", "ты", "дремлешь", "друг", "прелестный", "пора", "красавица", "снег"]
 ENGLISH = ["it", "was", "the", "best", "of", "times", "worst", "age", "wisdom", "season", "light", "darkness"]
@@ -243,11 +243,12 @@ def test_a_sample_is_spread_and_bounded(
     made: tuple[Site, DatasetCard, Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     site, card, recipe = made
-    opened = open_dataset(site, card)
-    stream = stream_facts(opened, site, card, recipe)[0]
+    with open_dataset(site, card) as dataset:
+        opened = look_through(dataset, card)
+    stream = stream_facts(opened, card, recipe)[0]
     every = samples._spread(opened, "texts")
     assert len(every) == stream.documents["training"]
-    documents = Documents(opened.store, "texts", "train", opened.digests, open_shards=1)
+    documents = opened.dataset.documents("texts", "train", open_shards=1)
     assert len({documents.tokens(number).tobytes() for number in every.tolist()}) == len(every)  # no duplicate among them
     monkeypatch.setattr(samples, "DOCUMENTS", 10)
     few = samples._spread(opened, "texts")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from full_disk import files_limited_to
 
 from outgrow.errors import IntegrityError, UserError
 from outgrow.storage import (
@@ -34,17 +33,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
         root = f"memory://{uuid4()}"
         yield Storage(root)
         Storage("memory://").remove(root.removeprefix("memory://"))
-
-
-@contextmanager
-def files_limited_to(num_bytes: int) -> Iterator[None]:
-    """Writes past this size fail with OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_written_is_read_back_whole_and_in_part(storage: Storage) -> None:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from outgrow.contracts import ModelFacts
 from outgrow.errors import ModelError
+from outgrow.recipes.placed import weights_folder
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.data import Data, FolderTokenizer
 from outgrow.recipes.schema.model import ArchitectureModel, FolderModel
@@ -90,7 +91,7 @@ def config_for(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> Pr
     else:
         config, where = (
             _from_folder(recipe.model, site, vocab_size, eos_token_id, most_added_tokens(recipe.data)),
-            f"{site.locate(recipe.model.path)}/config.json",
+            f"{weights_folder(site, recipe.model.path)}/config.json",
         )
     config = checked_config(config, where)
     _check_positions(recipe, getattr(config, "max_position_embeddings", None), where)
@@ -231,7 +232,7 @@ def _fits(value: Any, default: Any) -> bool:
 def _from_folder(
     model: FolderModel, site: Site, vocab_size: int, eos_token_id: int | None, most_added: int
 ) -> PretrainedConfig:
-    folder = Path(site.locate(model.path))
+    folder = weights_folder(site, model.path)
     config = folder_config(folder)
     if vocab_size > config.vocab_size + most_added:
         raise ModelError(
@@ -299,7 +300,7 @@ def _vocab_size(data: Data, site: Site) -> int:
     tags = {stream.tag for stream in data.streams if stream.tag}
     if not isinstance(data.tokenizer, FolderTokenizer):
         return data.tokenizer.vocab_size + len(tags)
-    path = Path(site.locate(data.tokenizer.path)) / "tokenizer.json"
+    path = weights_folder(site, data.tokenizer.path) / "tokenizer.json"
     try:
         tokens = json.loads(path.read_bytes())
         ids = dict(tokens["model"]["vocab"]) | {added["content"]: added["id"] for added in tokens["added_tokens"]}

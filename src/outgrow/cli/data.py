@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outgrow.cli.opening import Opened, OverridesArgument, RecipeArgument, SiteOption, open_recipe, open_site
+from outgrow.cli.data_place import place
+from outgrow.cli.data_simulate import simulate
+from outgrow.cli.opening import (
+    Opened,
+    OverridesArgument,
+    RecipeArgument,
+    SiteOption,
+    built_card,
+    open_recipe,
+    open_site,
+)
 
 if TYPE_CHECKING:
     from outgrow.contracts import DatasetCard
@@ -67,7 +77,7 @@ def build(
 def card(recipe: RecipeArgument, overrides: OverridesArgument = None, site: SiteOption = None) -> None:
     """Show what the dataset of RECIPE holds."""
     opened = open_recipe(recipe, overrides, site)
-    typer.echo(_described(opened, _card(opened)))
+    typer.echo(_described(opened, built_card(opened)))
 
 
 @app.command()
@@ -83,7 +93,7 @@ def inspect(
     from outgrow.streaming.inspect import first_rows
 
     opened = open_recipe(recipe, overrides, site)
-    for row in first_rows(opened.recipe, opened.site, _card(opened), rows, step=step):
+    for row in first_rows(opened.recipe, opened.site, built_card(opened), rows, step=step):
         place = f"step {row.step}: row {row.row_id} of stream {row.stream}"
         typer.echo(f"=== {place}: {row.tokens:,} of {row.sequence_length:,} tokens")
         for segment in row.segments:
@@ -107,7 +117,7 @@ def dropped(
     from outgrow.streaming.dropped import dropped as list_dropped
 
     opened = open_recipe(recipe, overrides, site)
-    lines = list_dropped(opened.site, _card(opened), stream, reason)
+    lines = list_dropped(opened.site, built_card(opened), stream, reason)
     for line in islice(lines, limit or None):
         typer.echo(as_text(line))
     more = sum(1 for _ in lines)
@@ -126,7 +136,7 @@ def report(
     from outgrow.streaming.report import make_report
 
     opened = open_recipe(recipe, overrides, site)
-    out.write_text(make_report(opened.site, _card(opened), opened.recipe), encoding="utf-8")
+    out.write_text(make_report(opened.site, built_card(opened), opened.recipe), encoding="utf-8")
     typer.echo(f"report: {out}")
 
 
@@ -136,7 +146,7 @@ def verify(recipe: RecipeArgument, overrides: OverridesArgument = None, site: Si
     from outgrow.streaming.verify import verify as verify_dataset
 
     opened = open_recipe(recipe, overrides, site)
-    found = _card(opened)
+    found = built_card(opened)
     verified = verify_dataset(opened.site.open_storage(), found)
     typer.echo(f"{found.store}: {verified.files} files, {verified.num_bytes / 1e6:,.1f} MB, every digest holds")
 
@@ -165,6 +175,10 @@ def unfinished(
         typer.echo(f"datasets/{left.name}: {left.num_bytes / 1e6:,.1f} MB, last written to {days:.1f} days ago, {state}")
 
 
+app.command()(simulate)
+app.command()(place)
+
+
 # --- steps of the commands --------------------------------------------------------------------------------------------
 
 
@@ -188,18 +202,6 @@ def _build_on_ray(opened: Opened, progress: Callable[[Progress], None]) -> Build
         if opened.site.build_processes == "auto":
             opened = opened.with_site(build_processes=max(1, sum(node.cpus for node in cluster.nodes)))
         return build_dataset(opened.recipe, opened.site, progress=progress, mapper=ray_map)
-
-
-def _card(opened: Opened) -> DatasetCard:
-    from outgrow.errors import DataError
-    from outgrow.streaming.build import find
-
-    found = find(opened.recipe, opened.site)
-    if found is None:
-        raise DataError(
-            "its dataset is not built", where=str(opened.recipe_path), hint=f"outgrow data build {opened.recipe_path}"
-        )
-    return found
 
 
 def _described(opened: Opened, found: DatasetCard) -> str:

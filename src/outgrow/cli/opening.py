@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from outgrow.contracts import DatasetCard
     from outgrow.recipes.schema import Recipe
     from outgrow.recipes.schema.site import Site
 
@@ -61,3 +62,16 @@ def open_site(site_path: Path | None = None) -> Site:
     from outgrow.recipes.site_loading import find_site, load_site
 
     return load_site(find_site(site_path, Path.cwd()))
+
+
+def built_card(opened: Opened) -> DatasetCard:
+    """The card of the recipe's dataset. Raises ``DataError`` where it is not built."""
+    from outgrow.errors import DataError
+    from outgrow.streaming.build import find
+
+    found = find(opened.recipe, opened.site)
+    if found is None:
+        raise DataError(
+            "its dataset is not built", where=str(opened.recipe_path), hint=f"outgrow data build {opened.recipe_path}"
+        )
+    return found

@@ -41,6 +41,7 @@ def show(
 ) -> None:
     """Show what RUN learns, how far it is, and its checkpoints."""
     from outgrow.cluster.runs import find_run, status
+    from outgrow.streaming.quarantine import describe, read_losses
     from outgrow.trainers.checkpoint.catalog import survey
 
     storage = open_site(site).open_storage()
@@ -52,6 +53,8 @@ def show(
         typer.echo(f"{'checkpoint':<12}{_checkpoint(saved.ref)}")
     for refused in checkpoints.refused:
         typer.echo(f"{'not whole':<12}{refused.folder}: {refused.reason}")
+    for loss in read_losses(storage, known.stored.ref.folder):
+        typer.echo(f"{'lost shard':<12}{loss.stream} {loss.shard}: {describe(loss)}; {loss.reason}")
 
 
 def _row(known: RunStatus) -> tuple[str, ...]:
