@@ -2,11 +2,11 @@
 
     python benchmarks/copy_rate.py --mbytes 512 --files 4 --rounds 5
 
-Each round copies the same files twice, in turn first: by ``cp``, then ``sync`` of each copy and one plain read of it from the disk,
-without a digest; and by ``copy_verified``, which copies, syncs, reads back from the disk and computes sha256. Before each side the
-files and the copies are dropped from memory, so that both read the disk. ``cp`` alone is no copy on the disk yet: without
-``sync`` nothing can be read back from there. With ``--expected`` the digests are known before, as those of shards are; without,
-the source is digested as well.
+Each round copies the same files twice, each side first in turn: by ``cp``, an fsync of each copy and one plain read of it from
+the disk, without a digest; and by ``copy_verified``, which copies, syncs, reads back from the disk and computes sha256. Before
+each side the files are dropped from memory, and so is each copy before it is read: both sides read the disk. ``cp`` alone is no
+copy on the disk yet; without the fsync nothing could be read back from there. With ``--expected`` the digests are known before,
+as those of shards are; without, the source is digested as well.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ def verified(source: Path, target: Path, digests: dict[str, str]) -> None:
         copy_verified(origin, path.name, copies, path.name, expected=expected, limiter=None, on_bytes=lambda _: None)
 
 
-def seconds(action: Callable[[Path, Path], None], source: Path, target: Path) -> float:
-    """Of one side, from files that are not in memory to copies that are on the disk; these are removed."""
+def seconds(action: Callable[[Path, Path], None], source: Path, target: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one side, from files that are not in memory to copies that are on the disk; these are removed."""
     target.mkdir()
     drop_from_memory(source)
-    start = time.monotonic()
+    start, cpu = time.monotonic(), sum(os.times()[:4])
     action(source, target)
-    took_s = time.monotonic() - start
+    took_s, cpu_s = time.monotonic() - start, sum(os.times()[:4]) - cpu
     for path in target.iterdir():
         path.unlink()
     target.rmdir()
     os.sync()
-    return took_s
+    return took_s, cpu_s
 
 
 def main() -> None:
@@ -98,11 +98,17 @@ def main() -> None:
         ratios = []
         for number in range(options.rounds):
             sides = [("cp", cp_and_read), ("verified", lambda source, target: verified(source, target, digests))]
-            took_s = {name: seconds(action, source, target) for name, action in (sides if number % 2 else sides[::-1])}
-            ratios.append(took_s["cp"] / took_s["verified"])
-            print(f"round {number}: cp, sync and read {mbytes / took_s['cp']:.0f} MB/s, verified copy "
-                  f"{mbytes / took_s['verified']:.0f} MB/s, ratio {ratios[-1]:.2f}, load {os.getloadavg()[0]:.0f}", flush=True)  # fmt: skip
-    print(f"verified copy / cp, sync and read: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            took = {name: seconds(action, source, target) for name, action in (sides if number % 2 else sides[::-1])}
+            ratios.append(took["cp"][0] / took["verified"][0])
+            rates = {name: f"{mbytes / wall_s:.0f} MB/s ({cpu_s:.1f} CPU s)" for name, (wall_s, cpu_s) in took.items()}
+            print(
+                f"round {number}: cp, fsync and read {rates['cp']}, verified copy {rates['verified']}, "
+                f"ratio {ratios[-1]:.2f}, load {os.getloadavg()[0]:.0f}",
+                flush=True,
+            )
+    print(
+        f"verified copy / cp, fsync and read: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 if __name__ == "__main__":

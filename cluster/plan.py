@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from outgrow.cluster.ray_environment import worker_environment
-from outgrow.contracts import DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
+from outgrow.contracts import DataReading, DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
 from outgrow.errors import PlanError
 from outgrow.recipes import layout as layouts
 from outgrow.recipes.mix import Mix, stage_lengths
@@ -55,12 +55,14 @@ def make_plan(
     free_bytes: int | None,
     environment: Mapping[str, str],
     cluster: str | None = None,
+    reading: DataReading | None = None,
 ) -> Plan:
     """The plan of ``recipe`` on this machine; it cannot start where ``refusals`` is not empty, and all of them are there.
 
     ``card`` is None before the data are built. ``free_bytes`` is what the run's storage has for it, its own older checkpoints
     included; None for a bucket. ``environment`` is what outgrow sets for the driver. ``cluster`` is the address of a Ray
-    cluster of other machines than this one: its room is asked for when the run starts there, not here.
+    cluster of other machines than this one: its room is asked for when the run starts there, not here. ``reading`` is how this
+    machine will read the dataset, None where it will not, or where that is not known yet.
     """
     ranks = resolve_ranks(site, inventory)
     refusals = [] if cluster else _room_for_ranks(ranks, inventory)
@@ -78,6 +80,7 @@ def make_plan(
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
     refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
+    refusals += [reading.refusal] if reading and reading.refusal else []
     return Plan(
         run=recipe.run.name,
         workers=ranks.workers,
@@ -93,7 +96,11 @@ def make_plan(
         storage_free_bytes=free_bytes,
         environment={**environment, **worker_environment(ranks.threads)},
         refusals=tuple(refusals),
-        notes=(*_notes(recipe, card, facts, ranks, cluster), *_mix_notes(recipe, card, mix, steps)),
+        notes=(
+            *_notes(recipe, card, facts, ranks, cluster),
+            *([reading.note] if reading and reading.note else []),
+            *_mix_notes(recipe, card, mix, steps),
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """Whole copies that outgrow made: what is written beside each, and the folder that the weights of a name are read from.
 
-A copy ``<tier>/<key>`` has a record ``<tier>/placed/<key with +>.json``, which says that outgrow made it. What has none is an
-original: nothing here or in ``streaming.tiers`` deletes or changes it. While a copy is made or repaired it also has a claim
-``<tier>/placing/<key with +>.json``.
+A copy ``<tier>/<key>`` has a record ``<tier>/placed/<key with +>.json`` and in itself the file ``.outgrow-copy``. What lacks
+either is an original: nothing here or in ``streaming.tiers`` deletes or changes it. While a copy is made or repaired there is
+also a claim ``<tier>/placing/<key with +>.json``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ PLACED = "placed"
 """Folder of a tier with the records of the copies on it."""
 PLACING = "placing"
 """Folder of a tier with the claims of copies that were begun and, on a disk, their files."""
+COPY_MARK = ".outgrow-copy"
+"""File in a copy, so that a folder that somebody puts in its place is not taken for one."""
 WEIGHTS = "weights"
 """Folder of a tier with copies of weights, each under the name that ``sources`` gives it."""
 

@@ -6,36 +6,23 @@ rows. What a step holds is decided by ``sampler``; here it only becomes tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, Protocol
 
 import torch
 
-from outgrow.contracts import Batch, JobSpec, JsonDict, Layout, ShardCounts, StepRows
+from outgrow.contracts import Batch, JobSpec, JsonDict, Layout, Loader, ShardCounts, StepRows
 from outgrow.errors import RunError
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.site import Site
-from outgrow.streaming.fetch import index_folder
+from outgrow.streaming.access import Access, InPlace, open_access
 from outgrow.streaming.lost_shards import LostShard
 from outgrow.streaming.packing import PackedRows
 from outgrow.streaming.read_ahead import Assignment, Worker, read_ahead_depth
-from outgrow.streaming.steps import (
-    IndexPlace,
-    PackedStep,
-    ReadPlan,
-    StepReader,
-    open_gate,
-    validation_reader,
-    validation_steps,
-)
-from outgrow.streaming.tiers import prefetcher
-from outgrow.streaming.tiers.gate import Member, Reads
-from outgrow.streaming.tiers.reading import open_reading
-from outgrow.streaming.tiers.rendezvous import gate_folder
+from outgrow.streaming.steps import PackedStep, StepReader, open_gate, validation_reader, validation_steps
+from outgrow.streaming.tiers.gate import Reads
 
 
 def build_loader(
@@ -57,12 +44,12 @@ def build_loader(
     ``IntegrityError`` (also later, while iterating) for bytes that differ from their digest, ``ShardError`` where they are of
     a training shard.
     """
-    way = _way_of(job, layout, rank, lost, attempt)
+    access = open_access(job, layout, rank, lost=lost, attempt=attempt)
     workers = Recipe.model_validate(job.recipe).data.loader_workers
     steps = range(start_step, stop_step)
     if workers == 0 or not steps:
-        return _InProcessLoader(job, steps, way, local_world)
-    return _ReadAheadLoader(job, steps, way, local_world, num_workers=min(workers, len(steps)))
+        return _InProcessLoader(job, steps, access, local_world)
+    return _ReadAheadLoader(job, steps, access, local_world, num_workers=min(workers, len(steps)))
 
 
 def build_validation(
@@ -72,7 +59,7 @@ def build_validation(
 
     ``lost`` and ``attempt`` are those of the rank's loader."""
     max_rows = Recipe.model_validate(job.recipe).validation.max_rows
-    return Validation(_way_of(job, layout, rank, lost, attempt), max_rows)
+    return Validation(open_access(job, layout, rank, lost=lost, attempt=attempt), max_rows)
 
 
 def loader_state(job: JobSpec, next_step: int) -> JsonDict:
@@ -103,17 +90,17 @@ def check_state(state: Mapping[str, Any], job: JobSpec) -> int:
 class Validation:
     """The held-out rows of one rank; every rank gets the same number of micro-batches in each step."""
 
-    def __init__(self, way: _Way, max_rows: int) -> None:
-        self._way = way
-        self._gate = open_gate(way.plan)
-        self._reader = validation_reader(way.plan, self._gate)
+    def __init__(self, access: Access, max_rows: int) -> None:
+        self._access = access
+        self._gate = open_gate(access.plan)
+        self._reader = validation_reader(access.plan, self._gate)
         self._steps = validation_steps(self._reader, max_rows)
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[tuple[str, StepRows]]:
-        with closing(_join(self._way)), closing(self._gate or _InPlace()):
+        with closing(self._access.join()), closing(self._gate or InPlace()):
             if self._gate is not None:
                 self._gate.acquire_validation()
                 self._reader.close_replaced()
@@ -121,23 +108,20 @@ class Validation:
                 yield name, _to_step_rows(self._reader.read(number, 0, row_ids))
 
 
-class TrainingLoader(Protocol):
-    """``contracts.Loader`` that also tells what fetching its shards has cost."""
+class TrainingLoader(Loader, Protocol):
+    """A loader that also tells what fetching its shards has cost."""
 
-    def __iter__(self) -> Iterator[StepRows]: ...
-    def state(self, next_step: int) -> JsonDict: ...
-    def close(self) -> None: ...
     def shard_counts(self) -> ShardCounts | None:
-        """Of all ranks of the node; None where shards are read in place."""
+        """Of all ranks of the node, at most seconds old; None where shards are read in place."""
 
 
 class _InProcessLoader:
-    def __init__(self, job: JobSpec, steps: range, way: _Way, local_world: int) -> None:
+    def __init__(self, job: JobSpec, steps: range, access: Access, local_world: int) -> None:
         self._job = job
         self._steps = steps
         self._next = steps.start
-        self._member = _join(way, local_world, self._reads if steps else None)
-        self._reader = StepReader(way.plan)
+        self._member = access.join(local_world, self._reads if steps else None)
+        self._reader = StepReader(access.plan)
 
     def __iter__(self) -> Iterator[StepRows]:
         for step in self._steps:
@@ -162,15 +146,15 @@ class _InProcessLoader:
 class _ReadAheadLoader:
     """Worker ``k`` of ``n`` reads every n-th step from the k-th on, so taking turns gives them in order."""
 
-    def __init__(self, job: JobSpec, steps: range, way: _Way, local_world: int, *, num_workers: int) -> None:
+    def __init__(self, job: JobSpec, steps: range, access: Access, local_world: int, *, num_workers: int) -> None:
         self._job = job
         self._steps = steps
         self._firsts = tuple(steps[:num_workers])
         self.workers: list[Worker] = []
-        self._member = _join(way, local_world, self._reads)
-        depth = read_ahead_depth(way.plan)
+        self._member = access.join(local_world, self._reads)
+        depth = read_ahead_depth(access.plan)
         self.workers = [
-            Worker(Assignment(plan=way.plan, number=k, first=first, stop=steps.stop, stride=num_workers), depth=depth)
+            Worker(Assignment(plan=access.plan, number=k, first=first, stop=steps.stop, stride=num_workers), depth=depth)
             for k, first in enumerate(self._firsts)
         ]
 
@@ -193,65 +177,6 @@ class _ReadAheadLoader:
 
     def _reads(self) -> Reads:
         return Reads(positions=tuple(worker.position for worker in self.workers) or self._firsts, stop=self._steps.stop)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Way:
-    """How a rank reads; ``assignment`` is what the node's prefetcher is started with, empty where shards are read in place."""
-
-    plan: ReadPlan
-    assignment: bytes = field(repr=False)
-
-
-def _way_of(job: JobSpec, layout: Layout, rank: int, lost: tuple[LostShard, ...], attempt: str) -> _Way:
-    """With the dataset, or all of it but its shards, on this node."""
-    recipe = Recipe.model_validate(job.recipe)
-    reading = open_reading(Site.model_validate(job.site), job.card)
-    plan = ReadPlan(
-        store=str(reading.store),
-        indexes=tuple(
-            IndexPlace(folder=str(index_folder(reading.store, job.card, index)), fingerprint=index.fingerprint)
-            for index in job.card.indexes
-        ),
-        mix=_mix(job),
-        layout=layout,
-        rank=rank,
-        seed=recipe.run.seed,
-        fill_token=job.card.eos_token_id,
-        gate=str(gate_folder(reading.hot, job.run)) if reading.hot else "",
-        attempt=attempt,
-        lost=lost,
-    )
-    if reading.hot is None:
-        return _Way(plan=plan, assignment=b"")
-    told = prefetcher.Assignment(
-        run=job.run,
-        card=job.card,
-        plan=plan,
-        max_rows=recipe.validation.max_rows,
-        holders=tuple(place.name for place in reading.holders),
-        site=job.site,
-    )
-    return _Way(plan=plan, assignment=told.encode())
-
-
-class _InPlace:
-    """What stands for a ``Member`` where no prefetcher is needed."""
-
-    def counts(self) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-def _join(way: _Way, local_world: int = 1, reads: Callable[[], Reads] | None = None) -> Member | _InPlace:
-    """The rank at its node's prefetcher, which is started if need be."""
-    if not way.plan.gate:
-        return _InPlace()
-    plan = way.plan
-    names: dict[str, Any] = {"rank": plan.rank, "attempt": plan.attempt, "local_world": local_world}
-    return Member(Path(plan.gate), way.assignment, **names, reads=reads)
 
 
 def _mix(job: JobSpec) -> Mix:

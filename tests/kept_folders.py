@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from token_stores import documents, make_dataset
 
-from outgrow.cli.data_place import _checkpoint_contents as checkpoint_contents
+from outgrow.cli.data_place import checkpoint_contents
+from outgrow.recipes.placed import COPY_MARK
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage, digest, tree_digests
 from outgrow.streaming import manifest
@@ -65,6 +66,9 @@ class Kept:
         """The outcomes of all that is missing and not refused."""
         placer = self.placer(**options)
         return [placer.place(copy) for copy in self.plan(wanted, read=read) if not copy.refusal]
+
+    def remove(self, key: str, place: str) -> None:
+        self.placer().remove(self.item(key).kind, key, place)
 
     def folder(self, place: str, key: str) -> Path:
         return self.root / place / key
@@ -146,6 +150,11 @@ def without_waiting_for_disks() -> Iterator[None]:
     """What is lost when the power goes cannot be seen in a test, and costs most of its time."""
     with patch.object(os, "fsync", lambda fd: None), patch.object(os, "fdatasync", lambda fd: None):
         yield
+
+
+def copied_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a copy, without the mark that it is one."""
+    return {name: value for name, value in tree_digests(folder).items() if Path(name).name != COPY_MARK}
 
 
 def originals(root: Path) -> dict[str, str]:

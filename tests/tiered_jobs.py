@@ -4,7 +4,6 @@ start."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import subprocess
 import sys
@@ -15,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tiered_rank import digest
 from token_stores import Dataset, layout
 
-from outgrow.contracts import Batch, JobSpec, RunRef, ShardCounts, StepRows
+from outgrow.contracts import JobSpec, RunRef, ShardCounts
 from outgrow.storage import tree_digests
-from outgrow.streaming.loader import TrainingLoader, build_loader, build_validation
+from outgrow.streaming.loader import build_loader, build_validation
 from outgrow.streaming.tiers.slot import read_counts
 
 _PREFETCHER = "outgrow.streaming.tiers.prefetcher"
-_RANK = "import sys; sys.path[:] = {path!r}; from tiered_jobs import _read_as_rank; _read_as_rank(*sys.argv[1:])"
+_RANK = "import sys; sys.path[:] = {path!r}; from tiered_rank import main; main(*sys.argv[1:])"
 
 
 def tiered(
@@ -51,15 +51,6 @@ def read(job: JobSpec, start: int, stop: int, *, rank: int = 0, world: int = 1, 
 
 def read_validation(job: JobSpec) -> list[str]:
     return [f"{name} {digest(rows)}" for name, rows in build_validation(job, layout(1), 0)]
-
-
-def digest(rows: StepRows) -> str:
-    """sha256 of every number and tensor of a step."""
-    found = hashlib.sha256(repr((rows.step, rows.epoch, rows.row_ids, rows.global_weight, rows.tokens)).encode())
-    for batch in rows.micro_batches:
-        for field in dataclasses.fields(Batch):
-            found.update(getattr(batch, field.name).numpy().tobytes())
-    return found.hexdigest()
 
 
 def originals(dataset: Dataset) -> dict[str, str]:
@@ -148,18 +139,9 @@ def start_rank(
 ) -> Rank:
     """A rank that takes ``step_s`` a step; ``folder`` is for its notes."""
     number = len(list(folder.glob("job-*.json")))
-    (folder / f"job-{number}.json").write_text(json.dumps(job.to_dict()))
+    told = {"job": job.to_dict(), "layout": layout(world).to_dict(), "rank": rank, "attempt": attempt}
     notes = folder / f"notes-{number}.jsonl"
-    words = [str(folder / f"job-{number}.json"), str(notes), start, stop, rank, world, attempt, step_s]
+    told |= {"notes": str(notes), "start": start, "stop": stop, "step_s": step_s}
+    (folder / f"job-{number}.json").write_text(json.dumps(told))
     code = _RANK.format(path=sys.path)
-    return Rank(subprocess.Popen([sys.executable, "-c", code, *map(str, words)]), notes)
-
-
-def _read_as_rank(job: str, notes: str, start: str, stop: str, rank: str, world: str, attempt: str, step_s: str) -> None:
-    spec = JobSpec.from_dict(json.loads(Path(job).read_text()))
-    steps = {"start_step": int(start), "stop_step": int(stop)}
-    loader: TrainingLoader = build_loader(spec, layout(int(world)), int(rank), **steps, local_world=int(world), attempt=attempt)
-    with closing(loader), open(notes, "a", buffering=1) as file:
-        for rows in loader:
-            file.write(json.dumps([rows.step, digest(rows)]) + "\n")
-            time.sleep(float(step_s))
+    return Rank(subprocess.Popen([sys.executable, "-c", code, str(folder / f"job-{number}.json")]), notes)

@@ -10,7 +10,7 @@ from typing import Any
 
 from token_stores import Dataset, documents, make_dataset
 
-from outgrow.contracts import Context, JobSpec, JsonDict, Loader, RunRef, StepRecord, StepRows, WorkerResult
+from outgrow.contracts import Context, JobSpec, JsonDict, Loader, RunRef, ShardCounts, StepRecord, StepRows, WorkerResult
 from outgrow.monitoring.events import read_events
 from outgrow.storage import Storage
 
@@ -97,6 +97,9 @@ class NotingLoader:
 
     def close(self) -> None:
         self.loader.close()
+
+    def shard_counts(self) -> ShardCounts | None:
+        return self.loader.shard_counts()
 
 
 def train_and_note_rows(job: JobSpec, context: Context) -> WorkerResult:

@@ -70,7 +70,6 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
     finite and for a last checkpoint that cannot be written, ``RestartError`` where the run has given up a shard; what the
     parts raise (``UserError``, ``IntegrityError``) passes through.
     """
-    from outgrow.streaming.loader import build_loader, build_validation
     from outgrow.streaming.quarantine import answer
 
     recipe = Recipe.model_validate(job.recipe)
@@ -89,7 +88,7 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
         step = started.progress.step
         with (
             closing(_saves(recipe, storage, group, started, device)) as saves,
-            closing(build_loader(job, layout, context.rank, start_step=step, stop_step=steps, lost=lost)) as loader,
+            closing(_open_loader(job, context, layout, range(step, steps), lost)) as loader,
         ):
             run = _Run(
                 job=job,
@@ -99,7 +98,7 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
                 storage=storage,
                 engine=started.engine,
                 loader=loader,
-                validation=build_validation(job, layout, context.rank) if job.card.validation_rows else (),
+                validation=_open_validation(job, context, layout, lost) if job.card.validation_rows else (),
                 saves=saves,
                 records=records,
                 progress=started.progress,
@@ -128,7 +127,9 @@ def _train(run: _Run) -> None:
         run.progress.advance(rows)
         run.watch.see(run.progress.step, sums.grad_norm)
         _do_what_is_due(run, sums, rate)
-    run.records.say("end", run.progress, loss=run.progress.validation_loss)
+    counts = run.loader.shard_counts()
+    detail = {"shards": counts.to_dict()} if counts else {}
+    run.records.say("end", run.progress, loss=run.progress.validation_loss, detail=detail)
 
 
 def _do_what_is_due(run: _Run, sums: StepSums, rate: float) -> None:
@@ -236,6 +237,29 @@ def _fault(storage: Storage, ref: CheckpointRef) -> str:
     except (IntegrityError, FileNotFoundError) as error:
         return str(error)
     return ""
+
+
+def _open_loader(job: JobSpec, context: Context, layout: Layout, steps: range, lost: tuple[LostShard, ...]) -> Loader:
+    from outgrow.streaming.loader import build_loader
+
+    return build_loader(
+        job,
+        layout,
+        context.rank,
+        start_step=steps.start,
+        stop_step=steps.stop,
+        lost=lost,
+        local_world=context.local_world,
+        attempt=context.attempt,
+    )
+
+
+def _open_validation(
+    job: JobSpec, context: Context, layout: Layout, lost: tuple[LostShard, ...]
+) -> Iterable[tuple[str, StepRows]]:
+    from outgrow.streaming.loader import build_validation
+
+    return build_validation(job, layout, context.rank, lost=lost, attempt=context.attempt)
 
 
 def _lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:

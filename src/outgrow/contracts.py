@@ -204,6 +204,8 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[StepRows]: ...
     def state(self, next_step: int) -> JsonDict: ...
     def close(self) -> None: ...
+    def shard_counts(self) -> ShardCounts | None:
+        """What fetching shards has cost on this node, all its ranks together; None where they are read in place."""
 
 
 # --- where a run goes -------------------------------------------------------------------------------------------------
@@ -285,6 +287,14 @@ class Refusal(Record):
     asked: str
     available: str
     nearest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReading(Record):
+    """How a node will read a run's dataset, for people; or why it cannot."""
+
+    note: str
+    refusal: Refusal | None
 
 
 @dataclass(frozen=True, kw_only=True)

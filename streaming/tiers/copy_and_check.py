@@ -76,6 +76,8 @@ def source_blocks(source: Storage, key: str, start: int) -> Iterator[memoryview]
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         file.seek(start)
         while num_bytes := file.readinto(buffer):
+            start += num_bytes
+            os.posix_fadvise(file.fileno(), start, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
             yield buffer[:num_bytes]
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

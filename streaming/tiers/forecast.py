@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from outgrow.contracts import DatasetCard, Layout, Record
+from outgrow.contracts import DataReading, DatasetCard, Layout, Record, Refusal
 from outgrow.errors import DataError
 from outgrow.recipes.layout import total_steps
 from outgrow.recipes.mix import Mix
@@ -23,8 +23,8 @@ from outgrow.streaming.tiers.reading import Reading, open_reading
 from outgrow.streaming.tiers.room import Room, number_windows, validation_shards
 from outgrow.streaming.tiers.shard_list import ShardList
 from outgrow.streaming.tiers.simulate import Forecast, Pace, Source, Workload, least_cache, simulate
-from outgrow.streaming.tiers.slot import measured_speeds, placed_bytes, slots
-from outgrow.streaming.tiers.slot_room import Held, Space, choose_room
+from outgrow.streaming.tiers.slot import measured_speeds, slots, tier_space
+from outgrow.streaming.tiers.slot_room import choose_room, shown
 
 STALL_SHARE = 0.02
 """A source keeps up where a run waits no more than this share of its time."""
@@ -105,6 +105,29 @@ def look_ahead(recipe: Recipe, site: Site, card: DatasetCard, given: Assumptions
     )
 
 
+def foresee_reading(recipe: Recipe, site: Site, card: DatasetCard) -> DataReading:
+    """How a run on this node will read its dataset, and why it could not; the metadata is copied here where it lies elsewhere.
+
+    Raises ``DataError`` where no place has the dataset.
+    """
+    reading = open_reading(site, card)
+    if reading.hot is None:
+        return DataReading(note=f"the dataset is read where it lies, at {reading.holders[0].name}", refusal=None)
+    work = _workload(reading, recipe, card, Mix.of(recipe, card), 0)
+    every, smallest = int(work.num_bytes.sum()), work.divide(0).smallest
+    holders = ", ".join(place.name for place in reading.holders)
+    try:
+        room = _cache_bytes(reading.hot, None, every, smallest)
+    except DataError as error:
+        return DataReading(note="", refusal=Refusal(asked=error.message, available="", nearest=error.hint))
+    share = "all of them" if room >= every else f"{room / every:.0%} of them"
+    return DataReading(
+        note=f"shards are read through {reading.hot.name}, with room for {share} ({shown(room)} of {shown(every)}, at least "
+        f"{shown(smallest)}); they lie whole at {holders}",
+        refusal=None,
+    )
+
+
 def _workload(reading: Reading, recipe: Recipe, card: DatasetCard, mix: Mix, stop: int) -> Workload:
     indexes = [RowIndex.open(index_folder(reading.store, card, index)) for index in card.indexes]
     shards = ShardList.open(reading.store, mix.streams)
@@ -176,18 +199,7 @@ def _cache_bytes(hot: Place, asked: str | None, shard_bytes: int, smallest: int)
     """Bytes of the cache: those that are asked for, else those that a run would get on the tier now."""
     if asked is not None:
         return round(shard_bytes * float(asked[:-1]) / 100) if asked.endswith("%") else parse_size(asked)
-    known = slots(hot)
-    space = Space(
-        free_bytes=hot.storage.free_bytes() or 0,
-        own_bytes=0,
-        idle_bytes=sum(slot.num_bytes for slot in known if not slot.leased),
-        placed_bytes=placed_bytes(hot),
-        held=[
-            Held(name=slot.name, run=slot.run, num_bytes=slot.num_bytes, room_bytes=slot.room_bytes)
-            for slot in known
-            if slot.leased
-        ],
-    )
+    space = tier_space(hot, slots(hot), own_bytes=0)
     return choose_room(hot.tier, space, dataset_bytes=shard_bytes, smallest=smallest, where=str(hot.folder))
 
 

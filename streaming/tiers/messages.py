@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import traceback
 
 from outgrow.contracts import JsonDict
 from outgrow.errors import DataError, IntegrityError, OutgrowError, ShardError, SiteError, TrainingError
@@ -55,8 +56,16 @@ class Channel:
         self._connection.close()
 
 
-def from_error(error: OutgrowError) -> JsonDict:
+def as_outgrow_error(error: Exception) -> OutgrowError:
+    """The error as a reader is told it: one that nobody expected with its traceback."""
+    if isinstance(error, OutgrowError):
+        return error
+    return TrainingError("shards cannot be fetched:\n" + "".join(traceback.format_exception(error)))
+
+
+def from_error(error: Exception) -> JsonDict:
     """An error as JSON; one of a narrower kind than are known here becomes the known one."""
+    error = as_outgrow_error(error)
     kind = next((kind for kind in _KINDS if isinstance(error, kind)), TrainingError)
     told: JsonDict = {"kind": kind.__name__, "message": error.message, "where": error.where, "hint": error.hint}
     if isinstance(error, ShardError):

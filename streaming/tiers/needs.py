@@ -76,7 +76,7 @@ class Needs:
         return self._next(shard, after, stop, exact=True)
 
     def latest_step(self, shard: int, after: int, stop: int) -> int | None:
-        """A step that ``next_step`` is not after, mostly without decoding a window: the last of the next turn of the shard's window.
+        """A step that ``next_step`` is not after, mostly without decoding a window: the last of its window's next turn.
 
         None where ``next_step`` is; but a shard that no row reads is taken for one that is read until its window is decoded.
         """

@@ -1,9 +1,8 @@
 """Whole copies of kept folders, made and removed: each file verified before the copy counts, originals only ever read.
 
 On a disk the files of a new copy lie aside in ``<tier>/placing/`` and are renamed into place. On a bucket, and where a damaged
-copy is repaired, they lie under their key; the marker is removed first and comes last. A record, or on a bucket a claim, says
-that outgrow put them there: without one, what lies under a key is an original. What an interrupted copy finished is read again
-and kept. One process at a time writes to a tier.
+copy is repaired, they lie under their key; the marker is removed first and comes last. What an interrupted copy finished is
+read again and kept. One process at a time writes to a tier.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from outgrow.errors import DataError, IntegrityError, OutgrowError, UserError
-from outgrow.recipes.placed import PLACING, Placed, PlacedFile, claim_key, record_key
+from outgrow.recipes.placed import COPY_MARK, PLACING, Kind, Placed, PlacedFile, claim_key, record_key
 from outgrow.storage import sync_tree
 from outgrow.streaming.manifest import MARKER
 from outgrow.streaming.tiers.contents import Contents, FileFacts, holds, stored_sizes
+from outgrow.streaming.tiers.partial import PART
 from outgrow.streaming.tiers.placement import OUTSIDE, Copy, Item, removal_refusal
 from outgrow.streaming.tiers.places import Place
 from outgrow.streaming.tiers.rate import RateLimit
@@ -69,8 +69,7 @@ class Placer:
     """Makes and removes copies.
 
     ``limit_bytes_per_s`` holds together with the limits of both places. ``locks`` is a local folder for the locks of buckets.
-    ``on_bytes`` is told, by several threads, of bytes as they are copied or found copied, ``on_wait`` of a place that another
-    process writes to.
+    ``on_bytes`` is told of bytes as they are copied, by several threads, ``on_wait`` of a place that another process writes to.
     """
 
     def __init__(
@@ -103,32 +102,34 @@ class Placer:
         except UserError as error:
             return Outcome(copy=copy, result="refused", message=str(error))
         except OSError as error:
-            return Outcome(copy=copy, result="full" if is_full(error) else "failed", message=str(error))
+            result: Result = "full" if _is_full(error) else "failed"
+            return Outcome(copy=copy, result=result, message=error.strerror or str(error))
         except OutgrowError as error:
             return Outcome(copy=copy, result="failed", message=str(error))
         if num_bytes is None:
             return Outcome(copy=copy, result="there")
         return Outcome(copy=copy, result="copied", num_bytes=num_bytes, seconds=time.monotonic() - start)
 
-    def remove(self, item: Item, name: str) -> None:
-        """Delete the copy of ``item`` in a place, or what was begun of one.
+    def remove(self, kind: Kind, key: str, name: str) -> None:
+        """Delete the copy of a folder in a place, or what was begun of one.
 
         Raises ``DataError`` for an original, for the last whole one, and where something lies in it that outgrow did not copy.
         """
         place = self._shelves.place(name)
         with self._alone(place):
-            if item.at(name) is None and self._shelves.claim(place, item.key) is not None:
-                self._discard(place, item.key)
+            item = self._shelves.item(kind, key)  # as it is now: another process may have been waited for
+            if self._shelves.claim(place, key) is not None and self._shelves.record(place, key) is None:
+                self._discard(place, key)
                 return
             refusal = removal_refusal(item, name)
             if refusal:
                 raise DataError(refusal, where=place.storage.root_url)
             try:
-                contents = self._shelves.open(item.kind, item.key, name).contents
+                contents = self._shelves.open(kind, key, name).contents
             except (FileNotFoundError, IntegrityError, DataError):  # what it is a copy of says what is in it
                 other = next(holding.place for holding in item.whole if holding.place != name)
-                contents = self._shelves.open(item.kind, item.key, other).contents
-            self._delete(place, item.key, contents)
+                contents = self._shelves.open(kind, key, other).contents
+            self._delete(place, key, contents)
 
     def tidy(self, stock: Stock) -> list[str]:
         """Remove what was begun of folders that are nowhere any more, and records of copies that are gone; says what.
@@ -192,13 +193,13 @@ class Placer:
     def _sources(self, copy: Copy) -> tuple[Source, ...]:
         """The sources that are of the same version as the first that can be opened, that one first."""
         opened: list[Source] = []
-        wrong: OutgrowError | None = None
+        wrong: Exception | None = None
         for name in copy.sources:
             try:
                 opened.append(self._shelves.open(copy.kind, copy.key, name))
             except FileNotFoundError:
                 continue
-            except (IntegrityError, DataError) as error:
+            except (IntegrityError, DataError, OSError) as error:
                 wrong = error
         if not opened:
             raise wrong or _Gone(f"{copy.key} is gone")
@@ -208,8 +209,8 @@ class Placer:
         """Claim the copy, and say where its files go. Raises ``DataError`` where something else lies there."""
         storage, key, contents = target.storage, copy.key, sources[0].contents
         claim, record = self._shelves.claim(target, key), self._shelves.record(target, key)
-        taken = bool(stored_sizes(storage, key))
-        if taken and record is None and (claim is None or target.is_local):
+        found = stored_sizes(storage, key)
+        if found and (COPY_MARK not in found or (record is None and (claim is None or target.is_local))):
             raise DataError(
                 "something lies there that outgrow did not copy",
                 where=self._where(target, key),
@@ -227,28 +228,23 @@ class Placer:
                 files=record.files if record is not None and record.digest == contents.digest else {},
             )
             storage.write_json(claim_key(key), claim.to_dict())
-        if taken:
+        prefix = aside_key(key) if target.is_local and not found else key
+        storage.write(f"{prefix}/{COPY_MARK}", b"made by outgrow data place\n")
+        if found:
             storage.remove(f"{key}/{MARKER}")
             for name in set(record.files if record is not None else ()) - set(contents.files):
                 storage.remove(f"{key}/{name}")
-        prefix = aside_key(key) if target.is_local and not taken else key
         return Work(place=target, key=key, prefix=prefix, sources=sources, promised_bytes=promised_bytes(target))
 
     def _fill(self, work: Work) -> None:
         """Every file of the copy in its place, verified. Raises ``IntegrityError`` for one that no source has whole."""
-        tier = work.place.tier
-        limits = [tier.limit_bytes_per_s, self._limit]
-        widest = tier.num_parallel
-        for source in work.sources[:1]:
-            if source.name != OUTSIDE:
-                other = self._shelves.place(source.name).tier
-                limits.append(other.limit_bytes_per_s)
-                widest = max(widest, other.num_parallel)
-        known = [limit for limit in limits if limit is not None]
-        limiter = RateLimit(min(known)) if known else None
+        source = work.sources[0].name
+        tiers = [work.place.tier, *([self._shelves.place(source).tier] if source != OUTSIDE else [])]
+        limits = [limit for limit in (self._limit, *(tier.limit_bytes_per_s for tier in tiers)) if limit is not None]
+        limiter = RateLimit(min(limits)) if limits else None
         room = _DiskRoom(work)
         sizes = stored_sizes(work.place.storage, work.prefix)
-        with ThreadPoolExecutor(widest) as pool:
+        with ThreadPoolExecutor(max(tier.num_parallel for tier in tiers)) as pool:
             jobs = [
                 pool.submit(self._bring, work, name, facts, sizes.get(name), room, limiter)
                 for name, facts in work.contents.files.items()
@@ -269,7 +265,6 @@ class Placer:
         storage, key = work.place.storage, f"{work.prefix}/{name}"
         facts = self._with_claimed(work, name, facts)
         if size is not None and holds(storage, key, facts, size):
-            self._tell(size)
             return
         errors: list[Exception] = []
         for source in (source for source in work.sources if name in source.sizes):
@@ -282,7 +277,7 @@ class Placer:
                 if facts.chunks and not holds(storage, key, facts, source.sizes[name]):
                     raise IntegrityError("the bytes differ from their digest", where=f"{origin.root_url}/{origin_key}")
             except (IntegrityError, OSError) as error:
-                if is_full(error):
+                if _is_full(error):
                     raise
                 errors.append(error)
             else:
@@ -346,15 +341,19 @@ class Placer:
     def _delete(self, place: Place, key: str, contents: Contents) -> None:
         """Delete a copy of ``contents``: its marker first, its record last. Raises ``DataError`` where more lies in it."""
         storage, record = place.storage, self._shelves.record(place, key)
-        expected = {*contents.files, MARKER, *(record.files if record is not None else ())}
-        strange = [name for name in stored_sizes(storage, key) if name.removesuffix(".part") not in expected]
+        expected = {*contents.files, MARKER, COPY_MARK, *(record.files if record is not None else ())}
+        found = stored_sizes(storage, key)
+        strange = [name for name in found if name.removesuffix(PART) not in expected]
         if strange:
             raise DataError(
                 f"{len(strange)} files lie in it that outgrow did not copy, such as {ascii(strange[0])}; nothing is deleted",
                 where=self._where(place, key),
                 hint="move them away",
             )
+        # Whatever is left when this is killed still has the mark, and so is still known as outgrow's.
         storage.remove(f"{key}/{MARKER}")
+        for name in {name.partition("/")[0] for name in found} - {COPY_MARK}:
+            storage.remove(f"{key}/{name}")
         storage.remove(key)
         storage.remove(aside_key(key))
         storage.remove(claim_key(key))
@@ -406,7 +405,7 @@ def _is_over(claim: Placed, item: Item | None, place: Place) -> bool:
     return item is None or (there is not None and there.copied and not there.problem and there.version == claim.digest)
 
 
-def is_full(error: Exception) -> bool:
+def _is_full(error: Exception) -> bool:
     """Whether a disk has no room left for what is written."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 

@@ -18,11 +18,11 @@ import socket
 import struct
 import threading
 import time
-import traceback
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from outgrow.contracts import DatasetCard, JsonDict, Record, RunRef, ShardCounts
-from outgrow.errors import OutgrowError, TrainingError
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.steps import ReadPlan, open_indexes
 from outgrow.streaming.tiers.copies import Copies
@@ -43,6 +43,8 @@ _PATIENCE_S = 30.0
 """How long a slot is waited for that a dying prefetcher of the same run still holds; and how long for a first member."""
 _REGRETS_S = 2.0
 """How long one that cannot do its work stays, to tell all who ask."""
+_DRAIN_S = 0.3
+"""How long the readers of a rank that leaves are heard out: what they said last may not have been read yet."""
 _TICK_S = 1.0
 _BUSY: JsonDict = {"busy": True}
 """The answer to another start of the run than the one that is served."""
@@ -85,12 +87,13 @@ class _Server:
     def __init__(self, seat: Seat, told: Assignment) -> None:
         self._seat = seat
         self._told = told
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._readers: Counter[int] = Counter()
         self._members: dict[int, str] = {}
         self._numbers = itertools.count()
         self._supply: Supply | None = None
         self._slot: Slot | None = None
-        self._error: OutgrowError | None = None
+        self._error: Exception | None = None
 
     def run(self) -> None:
         """Never returns: the process ends with the last member, or when none comes."""
@@ -98,7 +101,7 @@ class _Server:
             self._slot, self._supply = _open_supply(self._told)
             threading.Thread(target=self._look_after, name="tick", daemon=True).start()
         except Exception as error:
-            self._error = _told(error)
+            self._error = error
         self._seat.listener.settimeout(_PATIENCE_S if self._error is None else _REGRETS_S)
         while True:
             try:
@@ -118,9 +121,10 @@ class _Server:
                 channel.send({"error": from_error(self._error)})
             elif hello["hello"] == "member":
                 self._serve_member(channel, connection, hello, self._supply, {"slot": str(self._slot.folder)})
-            elif hello["attempt"] in self._members.values():
+            elif self._has_member_of(hello["attempt"]):
                 channel.send({"slot": str(self._slot.folder)})
-                _serve_reader(channel, hello["rank"], hello["reader"], self._supply)
+                with self._one_reader_more(hello["rank"]):
+                    _serve_reader(channel, hello["rank"], hello["reader"], self._supply)
             else:
                 channel.send(_BUSY)
 
@@ -142,22 +146,41 @@ class _Server:
             pass
         except Exception as error:
             with contextlib.suppress(EOFError):
-                channel.send({"error": from_error(_told(error))})
+                channel.send({"error": from_error(error)})
         finally:
-            supply.leave(hello["rank"], number)
+            if "reads" in hello:
+                with self._lock:
+                    self._lock.wait_for(lambda: not self._readers[hello["rank"]], _DRAIN_S)
+                supply.leave(hello["rank"], number)
             with self._lock:
                 del self._members[number]
                 self._end_without_members()
+
+    def _has_member_of(self, attempt: str) -> bool:
+        with self._lock:
+            return attempt in self._members.values()
+
+    @contextlib.contextmanager
+    def _one_reader_more(self, rank: int) -> Iterator[None]:
+        with self._lock:
+            self._readers[rank] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers[rank] -= 1
+                self._lock.notify_all()
 
     def _look_after(self) -> None:
         assert self._supply is not None
         while True:
             time.sleep(_TICK_S)
             self._supply.tick()
-            self._write_counts()
+            with self._lock:
+                self._write_counts()
 
     def _write_counts(self) -> None:
-        """A full disk takes no note of them; the next time it may."""
+        """A full disk takes no note of them; the next time it may. The lock is held."""
         assert self._slot is not None and self._supply is not None
         aside = self._slot.folder / f"{COUNTS}.new"
         with contextlib.suppress(OSError):
@@ -191,7 +214,7 @@ def _serve_reader(channel: Channel, rank: int, reader: int, supply: Supply) -> N
                 case _:
                     elsewhere = supply.heal(message["stream"], message["split"], message["shard"], message["step"])
         except Exception as error:
-            channel.send({"error": from_error(_told(error))})
+            channel.send({"error": from_error(error)})
         else:
             channel.send({"elsewhere": {name: str(path) for name, path in elsewhere.items()}})
 
@@ -211,13 +234,6 @@ def _wait_for_end(connection: socket.socket) -> None:
         poll.poll()
     finally:
         os.close(process)
-
-
-def _told(error: Exception) -> OutgrowError:
-    """What a client is told of an error."""
-    if isinstance(error, OutgrowError):
-        return error
-    return TrainingError("the process that fetches shards failed:\n" + "".join(traceback.format_exception(error)))
 
 
 def _open_supply(told: Assignment) -> tuple[Slot, Supply]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from outgrow.errors import DataError, IntegrityError, OutgrowError
 from outgrow.recipes.placed import (
+    COPY_MARK,
     PLACED,
     PLACING,
     WEIGHTS,
@@ -122,6 +123,14 @@ class Shelves:
         items = (Item(key=key, kind=kind, holdings=tuple(holdings)) for key, (kind, holdings) in sorted(found.items()))
         return Stock(items=tuple(items), rooms=rooms, notes=tuple(notes))
 
+    def item(self, kind: Kind, key: str) -> Item:
+        """Where the folder ``key`` lies now."""
+        folder = self._weights.get(key)
+        outside = folder is not None and self._home(key) is None
+        holdings = [self._original_weights(key, OUTSIDE, [], folder)] if outside and folder is not None else []
+        holdings += [holding for place in self.places if (holding := self.holding(place, kind, key)) is not None]
+        return Item(key=key, kind=kind, holdings=tuple(holdings))
+
     def holding(self, place: Place, kind: Kind, key: str) -> Holding | None:
         """The folder ``key`` as it lies in a place; None where none lies there, or one that is being made by somebody else."""
         return self._held(place, kind, key, self.record(place, key), self.claim(place, key), [], read=False)
@@ -141,7 +150,7 @@ class Shelves:
             return self._original_weights(key, place.name, notes, self._weights[key])
         committed = record is not None and claim is None if kind == "weights" else place.holds(key)
         if not committed:
-            if record is None and (claim is None or place.is_local):
+            if record is None and (claim is None or place.is_local) or not place.storage.exists(f"{key}/{COPY_MARK}"):
                 return None
             num_bytes = _own_bytes(stored_sizes(place.storage, key))
             unfinished = Holding(place=place.name, copied=True, version="", num_bytes=num_bytes, problem="not finished")
@@ -219,7 +228,7 @@ class Shelves:
                 raise
             problem = str(error)  # a disk that cannot read this file may read others
         copied = False
-        if record is not None and not _is_link(place, key):
+        if record is not None and COPY_MARK in sizes and not _is_link(place, key):
             copied = version == record.digest if contents is not None else _is_of(place.storage, key, record)
             version = record.digest if copied else version
         return Holding(place=place.name, copied=copied, version=version, num_bytes=_own_bytes(sizes), problem=problem)

@@ -11,17 +11,17 @@ import dataclasses
 import errno
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from outgrow.contracts import ShardCounts
-from outgrow.errors import IntegrityError, OutgrowError, ShardError, TrainingError
+from outgrow.errors import IntegrityError, OutgrowError, ShardError
 from outgrow.streaming.selection import Split
 from outgrow.streaming.tiers.copies import Copies
 from outgrow.streaming.tiers.gate import Reads
+from outgrow.streaming.tiers.messages import as_outgrow_error
 from outgrow.streaming.tiers.needs import Int64
 from outgrow.streaming.tiers.positions import Positions
 from outgrow.streaming.tiers.prefetch import Prefetch
@@ -156,9 +156,9 @@ class Supply:
     def tick(self) -> None:
         """Look after what changes by itself: the room on the disk, and ranks that never came."""
         with self._changed:
-            free = self._copies.free_bytes
-            if free < self._reserve_bytes and self._copies.num_bytes:
-                with self._noting_failure():
+            with self._noting_failure():
+                free = self._copies.free_bytes
+                if free < self._reserve_bytes and self._copies.num_bytes:
                     self._shrink(self._used_bytes + free - self._reserve_bytes)
             self._advance()
 
@@ -264,11 +264,11 @@ class Supply:
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
-        """What keeps the plan from going on (a window of the row index that is damaged) is told to whoever waits for a step."""
+        """What keeps a plan from going on (a damaged window of the row index, a disk that fails) is told to all readers."""
         try:
             yield
         except Exception as error:
-            self._lost = self._lost or (0, _as_outgrow_error(error))
+            self._lost = self._lost or (0, as_outgrow_error(error))
 
     def _delete_if_given_up(self, shard: int) -> None:
         """A copy that arrived when its place was given up already."""
@@ -364,7 +364,7 @@ class Supply:
         """What a reader is told of a shard that cannot be had."""
         stream, split, number = self._copies.shards.locate(shard)
         if not isinstance(error, IntegrityError) or split != "train":
-            return _as_outgrow_error(error)
+            return as_outgrow_error(error)
         return ShardError(error.message, stream=stream, shard=number, where=error.where, hint=error.hint)
 
     @contextmanager
@@ -379,9 +379,3 @@ class Supply:
             with self._changed:
                 self._moving.remove(shard)
                 self._changed.notify_all()
-
-
-def _as_outgrow_error(error: Exception) -> OutgrowError:
-    if isinstance(error, OutgrowError):
-        return error
-    return TrainingError("shards cannot be fetched:\n" + "".join(traceback.format_exception(error)))

@@ -29,8 +29,9 @@ class Tallies:
 
     def planned(self, step: int, counts: PlanCounts) -> None:
         """A plan has counted so much up to ``step``."""
-        if not self._ahead or self._ahead[-1][0] < step:
-            self._ahead.append((step, replace(counts)))
+        if self._ahead and self._ahead[-1][0] == step:
+            self._ahead.pop()
+        self._ahead.append((step, replace(counts)))
 
     def reach(self, step: int) -> None:
         """Every reader has left the steps before ``step``."""

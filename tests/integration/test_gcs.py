@@ -21,12 +21,17 @@ from outgrow.streaming.tiers.places import Place
 from outgrow.streaming.tiers.shard_list import ShardFile
 from outgrow.streaming.tiers.transfer import Fetcher, copy_verified
 
+# gcsfs hands its bodies to aiohttp as bytes.
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 DATA = random.Random(0).randbytes(BLOCK_BYTES + 1000)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    pytest.importorskip("gcsfs")
+    with pytest.MonkeyPatch.context() as patch:
+        # Read when gcsfs is imported: the emulator has no gRPC side, which would be asked for the kind of the bucket.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,9 +62,7 @@ def proxy(server: str) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def storage(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    # The emulator has no gRPC side, which gcsfs otherwise asks for the kind of the bucket.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+def storage(proxy: FaultProxy) -> Storage:
     return Storage("gs://bucket/some/prefix", {"endpoint_url": proxy.url, "token": "anon"})
 
 

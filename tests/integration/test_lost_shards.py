@@ -161,7 +161,7 @@ def test_a_shard_that_turns_bad_in_the_second_pass_is_given_up_from_the_newest_c
     result = run_local(quarantined(dataset, "late", **settings), TRAIN_WORKER, on_record=damage_late)
     assert (result.restarts, lost(dataset, "late")) == (1, [BAD])
     first, again = [start.step for start in records(dataset, "late", "start")]
-    assert (first, again % 4) == (0, 0) and again >= 12
+    assert first == 0 and again >= 12, "a busy disk puts a save off by a step or more"
 
     folders = dataset.root / "runs/twin"
     shutil.copytree(dataset.root / "runs/late/quarantine", folders / "quarantine")
@@ -184,6 +184,28 @@ def test_bad_shards_are_given_up_one_after_the_other_until_there_are_too_many(da
     assert len(lost(dataset, "several")) == 4
 
 
+def test_a_run_that_reads_through_a_tier_gives_up_what_no_place_has_whole(dataset: Dataset, tmp_path: Path) -> None:
+    """Shard 4 is damaged in both places; shard 0 of the other stream in one, which costs nothing."""
+    kept = tmp_path / "kept"
+    shutil.copytree(dataset.root / "datasets", kept / "datasets")
+    damage(dataset, BAD)
+    damage(dataset, LostShard(stream="b", shard=0))
+    twin = kept / shard_file(dataset, BAD).relative_to(dataset.root)
+    twin.write_bytes(twin.read_bytes()[:-1] + b"?")
+    spec = quarantined(dataset, "tiered", loader_workers=1, **EXACT)
+    spec.site["tiers"] = [
+        {"name": "nvme", "path": str(tmp_path / "nvme"), "reserve": "0 B"},
+        {"name": "kept", "path": str(kept)},
+    ]
+    (tmp_path / "nvme").mkdir()
+    assert run(spec).restarts == 1
+    assert lost(dataset, "tiered") == [BAD]
+
+    shutil.copy(kept / "datasets/s/streams/b/train/shard.00000.mds", shard_file(dataset, LostShard(stream="b", shard=0)))
+    assert run(quarantined(dataset, "in-place", **EXACT)).restarts == 1
+    assert curve(dataset, "tiered") == curve(dataset, "in-place")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +218,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.mark.tiers
+@pytest.mark.timeout(600)
 def test_outgrow_train_gives_up_a_shard_and_shows_it(place: Place) -> None:
     words = ["recipe.yaml", "schedule.options.seconds=0", "data.shard_bytes=65536", "data.window_shards=1", "batch.rows=200"]
     place.run("data", "build", *words)
@@ -204,7 +227,7 @@ def test_outgrow_train_gives_up_a_shard_and_shows_it(place: Place) -> None:
     assert len(files) >= 8
     data = files[0].read_bytes()
     files[0].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    said = place.run("train", *words, "data.on_bad_shard=quarantine")
+    said = place.run("train", *words, "data.on_bad_shard=quarantine", timeout_s=400)
     assert said.count("the run gives up") == 1
     assert "starting again from the newest checkpoint\n" in said
     starts = [record.detail.get("lost_shards") for record in place.records() if record.kind == "start"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +17,21 @@ import psutil
 import pytest
 import yaml
 from fault_proxy import s3_options, s3_server, s3_storage
-from kept_folders import QUANTISED, STEP, STORE, WEIGHTS, Kept, flip, make_site, originals, write_all, write_weights
+from kept_folders import (
+    QUANTISED,
+    STEP,
+    STORE,
+    WEIGHTS,
+    Kept,
+    copied_digests,
+    flip,
+    make_site,
+    originals,
+    write_all,
+    write_weights,
+)
 
-from outgrow.recipes.placed import claim_key, record_key
+from outgrow.recipes.placed import COPY_MARK, claim_key, record_key
 from outgrow.storage import Storage, tree_digests
 from outgrow.streaming import manifest
 from outgrow.streaming.tiers import stock
@@ -67,22 +80,22 @@ def kept(tmp_path: Path) -> Kept:
     return made
 
 
-def kill_while_copying(kept: Kept, folder: Path, num_bytes: int) -> None:
-    """Kill the command once so many bytes lie in ``folder``."""
+def end_while_copying(kept: Kept, folder: Path, num_bytes: int, how: signal.Signals = signal.SIGKILL) -> int:
+    """Exit code of the command, which is sent a signal once so many bytes lie in ``folder``."""
     process = subprocess.Popen(words(kept, "--apply", "--limit", "4 MB/s"), env=environment())
     deadline = time.monotonic() + WAIT_S
     while sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < num_bytes:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    process.send_signal(how)
+    return process.wait()
 
 
 def test_killed_again_and_again_it_goes_on_and_leaves_nothing(kept: Kept) -> None:
     before = originals(kept.root)
     aside = kept.folder("slow", "placing/quantised+q4")
-    for num_bytes in (1_000_000, 5_000_000, 8_000_000):
-        kill_while_copying(kept, aside, num_bytes)
+    for num_bytes, how, code in ((10**6, signal.SIGKILL, -9), (5 * 10**6, signal.SIGINT, 130), (8 * 10**6, signal.SIGKILL, -9)):
+        assert end_while_copying(kept, aside, num_bytes, how) == code
         assert not kept.folder("slow", QUANTISED).exists()
     whole = {path.name: path.stat() for path in aside.glob("*.safetensors")}
     assert len(whole) >= 2
@@ -189,7 +202,7 @@ def test_everything_goes_to_a_bucket_and_comes_back(far: tuple[Kept, Storage]) -
         assert [outcome.result for outcome in kept.apply([(key, "storage")])] == ["copied"]
     after = originals(kept.root)
     assert {name: after[name] for name in before} == before
-    assert all(name.split("/")[1] in ("placed", "placing") for name in set(after) - set(before))
+    assert all(name.split("/")[1] in ("placed", "placing") or COPY_MARK in name for name in set(after) - set(before))
     assert "removed from far" in place(kept, "--remove", STORE, "--from", "far")
     assert not bucket.names(STORE) and kept.state(STORE, "storage", read=True) == "original"
 
@@ -219,7 +232,7 @@ def test_a_damaged_copy_in_a_bucket_is_repaired_and_weights_come_back_from_it(fa
     model = tree_digests(kept.root / "models/llama")
     shutil.rmtree(kept.root / "models/llama")
     assert [outcome.result for outcome in kept.apply([(WEIGHTS, "fast")])] == ["copied"]
-    assert tree_digests(kept.folder("fast", WEIGHTS)) == model
+    assert copied_digests(kept.folder("fast", WEIGHTS)) == model
 
 
 def test_what_lies_in_a_bucket_is_not_trusted(far: tuple[Kept, Storage]) -> None:

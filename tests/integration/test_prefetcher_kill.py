@@ -43,7 +43,7 @@ def small(dataset: Dataset) -> str:
     return f"{2 * Room.divide(0, shards, number_windows(shards, index.facts.window_shards), ()).smallest} B"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.tiers), 2])
 def test_a_killed_prefetcher_is_started_again(
     dataset: Dataset, undisturbed: list[str], small: str, tmp_path: Path, workers: int
 ) -> None:

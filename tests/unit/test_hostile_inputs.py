@@ -145,7 +145,6 @@ def sizes(*values: Any) -> Callable[[dict[str, Any]], Any]:
         (sizes(1, 2**64), "less than or equal"),
         (sizes(1, -(2**63)), "greater than or equal"),
         (sizes(2**31, 2**31), "do not fit"),
-        (sizes(1, 1.5), "valid integer"),
         (lambda shard: shard.update(column_names=[], column_encodings=[], column_sizes=[]), "it has no columns"),
         (lambda shard: shard["raw_data"].update(hashes={"shake_128": "00"}), "has no length of its own"),
         (lambda shard: shard["raw_data"].update(hashes={"../sha1": "00"}), "unknown hash"),

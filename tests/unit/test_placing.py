@@ -19,6 +19,7 @@ from kept_folders import (
     WEIGHTS,
     Kept,
     checkpoint_contents,
+    copied_digests,
     flip,
     make_site,
     originals,
@@ -65,7 +66,7 @@ def test_every_kind_is_copied_whole_and_the_originals_are_as_they_were(kept: Kep
     assert made == dict.fromkeys(wanted, "copied")
     for key, place in wanted:
         source = kept.root / "models/llama" if key == WEIGHTS else kept.folder("storage", key)
-        assert tree_digests(kept.folder(place, key)) == tree_digests(source)
+        assert copied_digests(kept.folder(place, key)) == tree_digests(source)
         assert kept.state(key, place, read=True) == "copy"
     assert originals(kept.root) == before
     assert kept.plan() == []
@@ -137,7 +138,7 @@ def test_weights_that_changed_are_copied_again_and_files_of_the_old_ones_go(kept
     write_weights(kept.root / "new", 9)
     shutil.copyfile(kept.root / "new/model-00001-of-00002.safetensors", model / "model.safetensors")
     assert results(kept.apply([(WEIGHTS, "fast")])) == {(WEIGHTS, "fast"): "copied"}
-    assert tree_digests(kept.folder("fast", WEIGHTS)) == tree_digests(model)
+    assert copied_digests(kept.folder("fast", WEIGHTS)) == tree_digests(model)
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_no_damage(kept: Kept) -> None:
@@ -213,7 +214,7 @@ def test_a_copy_is_removed_and_nothing_else(kept: Kept) -> None:
     before = originals(kept.root)
     kept.apply()
     for key in (index_key(kept), STORE, STEP):
-        kept.placer().remove(kept.item(key), "slow")
+        kept.remove(key, "slow")
         assert kept.state(key, "slow") == ""
         assert not kept.folder("slow", key).exists() and not kept.folder("slow", record_key(key)).exists()
     assert kept.state(STEP, "fast", read=True) == kept.state(QUANTISED, "slow", read=True) == "copy"
@@ -223,14 +224,14 @@ def test_a_copy_is_removed_and_nothing_else(kept: Kept) -> None:
 def test_originals_and_the_last_whole_one_are_not_removed(kept: Kept) -> None:
     kept.apply()
     with pytest.raises(DataError, match="is an original"):
-        kept.placer().remove(kept.item(STEP), "storage")
+        kept.remove(STEP, "storage")
     for place in ("storage", "fast"):
         shutil.rmtree(kept.folder(place, STEP))
     with pytest.raises(DataError, match="is the last one"):
-        kept.placer().remove(kept.item(STEP), "slow")
+        kept.remove(STEP, "slow")
     flip(kept.folder("storage", QUANTISED) / "manifest.json")
     with pytest.raises(DataError, match="is the last one"):
-        kept.placer().remove(kept.item(QUANTISED), "slow")
+        kept.remove(QUANTISED, "slow")
 
 
 def test_a_copy_in_which_somebody_put_something_is_not_removed(kept: Kept) -> None:
@@ -238,9 +239,9 @@ def test_a_copy_in_which_somebody_put_something_is_not_removed(kept: Kept) -> No
     key = index_key(kept)
     ours = kept.folder("slow", key)
     shutil.copytree(ours, ours.with_name("rows-0123456789abcdef"))  # an index that was built there, say
-    kept.placer().remove(kept.item(key), "slow")
+    kept.remove(key, "slow")
     with pytest.raises(DataError, match="that outgrow did not copy, such as 'rows-0123456789abcdef/"):
-        kept.placer().remove(kept.item(STORE), "slow")
+        kept.remove(STORE, "slow")
     assert ours.with_name("rows-0123456789abcdef").is_dir() and kept.state(STORE, "slow", read=True) == "copy"
 
 
@@ -250,6 +251,16 @@ def test_a_folder_that_replaced_a_copy_is_an_original(kept: Kept) -> None:
     write_checkpoint(Storage(str(kept.root / "slow")), 7, seed=99)
     assert kept.item(STEP).at("slow").copied is False  # type: ignore[union-attr]
     assert kept.plan([(STEP, "slow")]) == []
+
+
+def test_the_same_folder_made_anew_in_the_place_of_a_copy_is_an_original(kept: Kept) -> None:
+    kept.apply([(STORE, "slow"), (WEIGHTS, "fast")])
+    for key, place, source in ((STORE, "slow", "storage/datasets/s"), (WEIGHTS, "fast", "models/llama")):
+        shutil.rmtree(kept.folder(place, key))
+        shutil.copytree(kept.root / source, kept.folder(place, key))
+        assert kept.state(key, place) == "original"
+        with pytest.raises(DataError, match="is an original"):
+            kept.remove(key, place)
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -268,7 +279,7 @@ def test_a_copy_behind_a_link_is_not_outgrows_to_remove(kept: Kept) -> None:
     shutil.move(run, kept.root / "elsewhere")
     run.symlink_to(kept.root / "elsewhere")
     with pytest.raises(DataError, match="is an original"):
-        kept.placer().remove(kept.item(STEP), "slow")
+        kept.remove(STEP, "slow")
 
 
 def test_one_process_at_a_time_writes_to_a_place(kept: Kept) -> None:

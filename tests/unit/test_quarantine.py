@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from token_stores import Dataset, documents, layout, make_dataset, pair
 
 from outgrow.contracts import StepRows
 from outgrow.errors import IntegrityError, RestartError, ShardError
+from outgrow.recipes.identity import differences, fingerprint
+from outgrow.recipes.mix import Mix
 from outgrow.storage import Storage
+from outgrow.streaming.catalog import section_key
 from outgrow.streaming.loader import build_loader
 from outgrow.streaming.lost_shards import LostShard, lost_documents
 from outgrow.streaming.quarantine import ShardLoss, answer, describe, most_lost, read_losses, read_lost
 from outgrow.streaming.row_windows import Span, Window
 from outgrow.streaming.rows import RowIndex
+from outgrow.streaming.sampler import Sampler
+from outgrow.streaming.tiers.needs import Needs
 from outgrow.streaming.tiers.shard_list import ShardList
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -170,6 +175,47 @@ def test_a_step_is_the_same_step_with_the_lost_rows_as_padding(dataset: Dataset,
         assert left[0][step].global_weight == pytest.approx(weight, rel=1e-6)
         assert left[0][step].tokens == tokens
     assert empty > 30
+
+
+def test_no_step_needs_a_lost_shard_any_more(dataset: Dataset, shards: ShardList) -> None:
+    """Tiers plan by the same windows; the shards that shared rows with it may be needed less."""
+    mix = Mix.of(dataset.recipe(), dataset.card)
+    numbers = {shards.number(sorted(OPTIONS).index(shard.stream), "train", shard.shard) for shard in SOME}
+    needed = {}
+    for gone in ((), SOME):
+        folders = [dataset.root / index.folder for index in dataset.card.indexes]
+        indexes = [RowIndex.open(folder, lost_documents(dataset.store, gone)) for folder in folders]
+        needs = Needs(indexes, mix, dataset.seed, shards)
+        needed[gone] = {(visit.shard, step) for visit in needs.visits(0, 60) for step in visit.steps.tolist()}
+        assert needed[gone] == set(needed_step_by_step(dataset, indexes, shards, mix))
+    assert needed[SOME] < needed[()]
+    assert len({shard for shard, _ in needed[()]} & numbers) >= 3
+    assert not {shard for shard, _ in needed[SOME]} & numbers
+
+
+def needed_step_by_step(
+    dataset: Dataset, indexes: Sequence[RowIndex], shards: ShardList, mix: Mix
+) -> Iterator[tuple[int, int]]:
+    """Shard and step, by looking at each row of each step."""
+    sampler = Sampler(indexes, mix, dataset.seed)
+    for step in range(60):
+        index = indexes[sampler.phase(step).index]
+        firsts = index.first_rows("train")
+        for row_id in sampler.row_ids(step):
+            owner = int(np.searchsorted(firsts, row_id, "right")) - 1
+            for span in index.train[owner].spans(row_id - int(firsts[owner])):
+                shard = int(np.searchsorted(shards.documents(owner, "train"), span.document, "right"))
+                yield shards.number(owner, "train", shard), step
+
+
+def test_the_choice_makes_no_other_dataset_and_no_other_run(dataset: Dataset) -> None:
+    recipe = dataset.recipe()
+    data = {**recipe.to_dict(), "data": {**recipe.to_dict()["data"], "on_bad_shard": "quarantine"}}
+    other = type(recipe).model_validate(data)
+    assert section_key(other) == section_key(recipe)
+    assert fingerprint(other, "d") == fingerprint(recipe, "d")
+    (difference,) = differences(recipe.to_dict(), other.to_dict())
+    assert (difference.key, difference.verdict) == ("data.on_bad_shard", "extend")
 
 
 # --- what a run does about it -----------------------------------------------------------------------------------------

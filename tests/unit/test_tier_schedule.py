@@ -273,12 +273,35 @@ def test_a_shard_may_go_in_the_midst_of_its_visit_and_comes_back() -> None:
     assert fetches[2].evict == (Eviction(shard=1, last_step=3),)
 
 
+def test_a_shard_whose_visit_rests_for_longer_than_another_is_away_goes_first() -> None:
+    reads = [(0, [0, 9]), (1, [0]), (2, [1]), (1, [3])]
+    assert evicted(plan(reads, [1] * 3, 2)) == [(0, []), (1, []), (2, [0]), (0, [1])]
+
+
+def test_a_stream_so_short_that_it_comes_several_times_in_a_step_is_read_through_once() -> None:
+    schedule = Case([(0, [0]), (1, [0]), (1, [0]), (1, [0, 1])], [1, 1], 2).schedule(1)
+    assert [(fetch.shard, fetch.step, fetch.through) for fetch in schedule] == [(0, 0, False), (1, 0, True), (1, 1, False)]
+    assert asdict(schedule.counts) == {"visits": 5, "hits": 2, "misses": 3, "refetches": 1, "evictions": 1}
+
+
 def test_what_does_not_fit_beside_the_rest_of_its_step_is_read_through_each_time() -> None:
     reads = [(0, [0, 1]), (1, [0, 1, 2])]
     fetches = plan(reads, [1, 1], 1)
     assert [(fetch.shard, fetch.step, fetch.through) for fetch in fetches] == [
         (0, 0, False), (1, 0, True), (1, 1, True), (1, 2, False),
     ]  # fmt: skip
+
+
+def test_what_turns_out_to_be_read_by_no_row_goes_once_that_is_known() -> None:
+    class Unsure(Listed):
+        """Of shard 9 it is known in step 5 that no row reads it."""
+
+        def latest_step(self, shard: int, after: int, stop: int) -> int | None:
+            return 5 if shard == 9 and after < 5 else super().latest_step(shard, after, stop)
+
+    needs = Unsure([(0, [0]), (1, [1]), (2, [6]), (0, [7]), (1, [8])])
+    made = Schedule(needs, np.ones(10, np.int64), capacity=2, start=0, stop=9, present={9: True})
+    assert evicted(made) == [(0, []), (1, [0]), (2, [9]), (0, [2])]
 
 
 def test_a_shard_from_before_is_checked_once_when_it_is_first_needed() -> None:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-from kept_folders import WEIGHTS, Kept, flip, make_site, write_weights
+import torch
+from datasets_of_cards import card, index_card
+from kept_folders import WEIGHTS, Kept, copied_digests, flip, make_site, write_weights
 
 from outgrow.errors import DataError
 from outgrow.recipes.placed import claim_key, record_key, weight_files, weights_folder
+from outgrow.recipes.schema import Recipe
 from outgrow.storage import tree_digests
+from outgrow.trainers.bring_up import first_weights
+from outgrow.trainers.models.build import config_for, meta_model
+from outgrow.trainers.models.probes import lively
+from outgrow.trainers.models.tiny import tiny_config
+from outgrow.trainers.regions import Region
+
+STREAM = {"name": "text", "source": {"kind": "text", "path": "text"}}
+RECIPE = {
+    "schema": 1,
+    "run": {"name": "test", "seed": 0},
+    "model": {"kind": "folder", "path": "llama"},
+    "batch": {"rows": 2},
+    "duration": {"steps": 1},
+    "optimizer": {"learning_rate": 1e-3},
+}
 
 
 @pytest.fixture
@@ -50,12 +69,12 @@ def test_a_snapshot_of_a_hub_cache_is_copied_with_its_blobs(tmp_path: Path) -> N
     (tmp_path / "storage").mkdir()
     kept = make_site(tmp_path, sources={"llama": str(snapshot)})
     assert [outcome.result for outcome in kept.apply([(WEIGHTS, "fast")])] == ["copied"]
-    assert tree_digests(kept.folder("fast", WEIGHTS)) == tree_digests(tmp_path / "plain")
+    assert copied_digests(kept.folder("fast", WEIGHTS)) == tree_digests(tmp_path / "plain")
     assert not any(path.is_symlink() for path in kept.folder("fast", WEIGHTS).iterdir())
     blob = next(path for path in (hub / "blobs").iterdir() if path.stat().st_size > 1000)
     flip(blob)  # its name is its digest
     assert [outcome.result for outcome in kept.apply([(WEIGHTS, "slow")])] == ["copied"]  # the other blob is whole on fast
-    kept.placer().remove(kept.item(WEIGHTS), "slow")
+    kept.remove(WEIGHTS, "slow")
     shutil.rmtree(kept.folder("fast", WEIGHTS))
     assert [outcome.result for outcome in kept.apply([(WEIGHTS, "slow")])] == ["damaged"]
 
@@ -110,6 +129,25 @@ def test_a_copy_that_is_not_of_the_folder_as_it_is_now_is_not_read(kept: Kept, c
     assert weights_folder(site, "llama") == original
 
 
+def test_a_run_takes_configuration_and_weights_from_the_copy(tmp_path: Path) -> None:
+    """Without the original, which shows where they come from; the model is the same, bit for bit."""
+    model = lively(tiny_config("llama"))
+    model.save_pretrained(tmp_path / "models/llama")
+    (tmp_path / "storage").mkdir()
+    kept = make_site(tmp_path)
+    data = {"tokenizer": {"kind": "train", "vocab_size": 300}, "streams": [STREAM], "sequence_length": 16}
+    recipe = Recipe.model_validate(RECIPE | {"data": data})
+    kept.apply([(WEIGHTS, "fast")])
+    shutil.move(tmp_path / "models/llama", tmp_path / "unplugged")
+    vocabulary = dataclasses.replace(
+        card(index_card(16, {"text": (1, 1)})), vocab_size=model.config.vocab_size, eos_token_id=model.config.eos_token_id
+    )
+    config = config_for(recipe, kept.site, vocabulary)
+    weights = first_weights(recipe, kept.site, config, meta_model(config, recipe.precision))
+    for name, values in model.named_parameters():
+        assert torch.equal(weights.read(name, Region((0,) * values.dim(), tuple(values.shape))), values)
+
+
 def test_an_original_on_a_faster_tier_is_read_rather_than_a_copy(tmp_path: Path) -> None:
     write_weights(tmp_path / "slow/weights/llama")
     kept = make_site(tmp_path, sources={"llama": str(tmp_path / "slow/weights/llama")})
@@ -117,5 +155,5 @@ def test_an_original_on_a_faster_tier_is_read_rather_than_a_copy(tmp_path: Path)
     assert kept.state(WEIGHTS, "slow") == "original"
     kept.apply([(WEIGHTS, "fast")])
     assert weights_folder(kept.site, "llama") == kept.folder("fast", WEIGHTS)
-    kept.placer().remove(kept.item(WEIGHTS), "fast")
+    kept.remove(WEIGHTS, "fast")
     assert weights_folder(kept.site, "llama") == kept.folder("slow", WEIGHTS)

@@ -64,7 +64,7 @@ def place(
     _check_options(keys, apply=apply, to=to, remove=remove, from_=from_, every=every)
     opened = open_site(site)
     asked = _Asked(keys=tuple(keys or ()), to=to, limit_bytes_per_s=_rate(limit), apply=apply, verify=verify, as_json=as_json)
-    shelves = Shelves(opened, open_places(opened), _checkpoint_contents)
+    shelves = Shelves(opened, open_places(opened), checkpoint_contents)
     progress = _Progress()
     placer = _placer(opened, shelves, asked, progress)
     if remove is not None and from_ is not None:
@@ -211,11 +211,11 @@ def _chosen(stock: Stock, keys: Sequence[str]) -> list[Item]:
 def _remove(shelves: Shelves, placer: Placer, key: str, name: str) -> None:
     from outgrow.errors import DataError
     from outgrow.recipes.placed import is_name
-    from outgrow.streaming.tiers.placement import Item, removal_refusal
+    from outgrow.streaming.tiers.placement import removal_refusal
 
     target, stock = shelves.place(name), shelves.stock(read=False)
     if all(map(is_name, key.split("/"))) and (claim := shelves.claim(target, key)) and all(i.key != key for i in stock.items):
-        placer.remove(Item(key=key, kind=claim.kind, holdings=()), name)
+        placer.remove(claim.kind, key, name)
         typer.echo(f"{key}: what was begun of a copy on {name} is removed")
         return
     chosen = _chosen(stock, [key])
@@ -225,7 +225,7 @@ def _remove(shelves: Shelves, placer: Placer, key: str, name: str) -> None:
         if refusal and shelves.claim(target, item.key) is None:
             raise DataError(refusal, where=target.storage.root_url)
     for item in there:
-        placer.remove(item, name)
+        placer.remove(item.kind, item.key, name)
         typer.echo(f"{item.key}: removed from {name}")
 
 
@@ -332,7 +332,7 @@ class _Progress:
 # --- what the parts of outgrow are told of one another ----------------------------------------------------------------
 
 
-def _checkpoint_contents(storage: Storage, folder: str) -> Contents:
+def checkpoint_contents(storage: Storage, folder: str) -> Contents:
     """What a checkpoint consists of, by its own manifest."""
     from outgrow.storage import digest
     from outgrow.streaming.tiers.contents import Contents, FileFacts

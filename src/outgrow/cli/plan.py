@@ -20,7 +20,7 @@ from outgrow.cli.opening import (
 
 if TYPE_CHECKING:
     from outgrow.cluster.ray_cluster import Target
-    from outgrow.contracts import DatasetCard, Inventory, Plan
+    from outgrow.contracts import DataReading, DatasetCard, Inventory, Plan
 
 
 def plan(
@@ -68,7 +68,17 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
         free_bytes=_room(opened, card, fresh=fresh),
         environment=driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ),
         cluster=target.address,
+        reading=_reading(opened, card) if card is not None and embedded else None,
     )
+
+
+def _reading(opened: Opened, card: DatasetCard) -> DataReading | None:
+    """How this machine will read the dataset; None where its storage alone has it, which needs no word."""
+    from outgrow.streaming.tiers.forecast import foresee_reading
+
+    if not opened.site.tiers and opened.site.open_storage().is_local:
+        return None
+    return foresee_reading(opened.recipe, opened.site, card)
 
 
 def _check_tokenizer(opened: Opened, card: DatasetCard) -> None:
