@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ def build_loader(
     lost: tuple[LostShard, ...] = (),
     local_world: int = 1,
     attempt: str = "",
-) -> TrainingLoader:
+) -> Loader:
     """The steps ``start_step`` to ``stop_step`` (exclusive) of ``rank``; ``data.loader_workers`` processes read ahead.
 
     Rows that touch a shard of ``lost``, which is the same on every rank, are empty. Where the dataset does not lie on the
@@ -106,13 +106,6 @@ class Validation:
                 self._reader.close_replaced()
             for number, (name, row_ids) in enumerate(self._steps):
                 yield name, _to_step_rows(self._reader.read(number, 0, row_ids))
-
-
-class TrainingLoader(Loader, Protocol):
-    """A loader that also tells what fetching its shards has cost."""
-
-    def shard_counts(self) -> ShardCounts | None:
-        """Of all ranks of the node, at most seconds old; None where shards are read in place."""
 
 
 class _InProcessLoader:

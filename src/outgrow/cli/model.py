@@ -103,9 +103,10 @@ def _family(family: str, site: Path | None) -> tuple[str, dict[str, Any], Site]:
     model = opened.recipe.model
     if isinstance(model, ArchitectureModel):
         return model.family, dict(model.config), opened.site
+    from outgrow.recipes.placed import weights_folder
     from outgrow.trainers.models.build import folder_config
 
-    config = folder_config(Path(opened.site.locate(model.path)))
+    config = folder_config(weights_folder(opened.site, model.path))
     known = inspect.signature(type(config)).parameters
     return config.model_type, {key: value for key, value in config.to_diff_dict().items() if key in known}, opened.site
 

@@ -87,12 +87,13 @@ def _check_tokenizer(opened: Opened, card: DatasetCard) -> None:
     The dataset's may have more tokens: the tags, and the tokens of chat templates, that the recipe adds.
     """
     from outgrow.errors import DataError
+    from outgrow.recipes.placed import weights_folder
     from outgrow.recipes.schema.model import FolderModel
     from outgrow.streaming.render.preparing import check_model_tokenizer
 
     if not isinstance(opened.recipe.model, FolderModel):
         return
-    folder = Path(opened.site.locate(opened.recipe.model.path))
+    folder = weights_folder(opened.site, opened.recipe.model.path)
     if not (folder / "tokenizer.json").is_file():
         return
     try:
