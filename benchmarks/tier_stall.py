@@ -7,7 +7,7 @@ The cache on the fast tier holds a quarter of the data; a step takes so long tha
 gives. A rank with one loader worker reads the steps of three epochs and sleeps in place of computing. Documents carry metadata,
 so that a shard has some 60 bytes a token: two CPU cores could not pack the tokens of a bare store at the rate of a disk.
 
-Without: the same steps, but a shard is fetched when a row asks for it, and the one asked for longest ago makes room
+In place: the same steps with the data on the fast disk; what is left of the waiting then is the loader's own. Without: a shard is fetched when a row asks for it, and the one asked for longest ago makes room
 (``on_demand``): when the run asks for the step, or with as many steps read ahead as by loader workers. Waiting counts from the
 second step on; the first waits for the process to start and for the first shards, and is told apart.
 """
@@ -52,7 +52,7 @@ LENGTH = 2048
 EPOCHS = 3
 LOAD = 0.8
 CACHE = 0.25
-WINDOW_SHARDS = 2
+WINDOW_SHARDS = 4
 META_BYTES = 40_000
 
 
@@ -68,8 +68,8 @@ class Line:
 
 
 LINES = {
-    "disk": Line(name="disk", bytes_per_s=150e6, shard_bytes=8 * 2**20, num_shards=75, rows=16),
-    "100mbit": Line(name="100mbit", bytes_per_s=12.5e6, shard_bytes=2 * 2**20, num_shards=50, rows=4),
+    "disk": Line(name="disk", bytes_per_s=150e6, shard_bytes=8 * 2**20, num_shards=96, rows=32),
+    "100mbit": Line(name="100mbit", bytes_per_s=12.5e6, shard_bytes=2**20, num_shards=96, rows=4),
 }
 
 
@@ -126,6 +126,10 @@ def sites(dataset: Dataset, line: Line, root: Path) -> Iterator[dict[str, Any]]:
         options = {"key": "test", "secret": "test", "endpoint_url": proxy.url}
         slow = {"name": "slow", "path": "s3://bucket/data", "options": options, "speed": f"{line.bytes_per_s / 1e6} MB/s"}
         yield {**site, "storage": "s3://bucket/data", "storage_options": options, "tiers": [fast, slow]}
+
+
+def in_place(dataset: Dataset, root: Path) -> dict[str, Any]:
+    return Site(storage=str(dataset.root), cache=str(root / "cache")).to_dict()
 
 
 def upload(dataset: Dataset, server: str) -> None:
@@ -206,6 +210,8 @@ def measure(line: Line, root: Path) -> Iterator[str]:
         share = expected.stall_s / (step_s * (count - 1))
         found = f"{expected.fetches} | {expected.hits} of {expected.visits}"
         yield f"| its forecast | {share:.2%} | {expected.start_s:.2f} s | {found} |"
+        local = with_prefetcher(replace(job, site=in_place(dataset, root)), line, step_s, count)
+        yield f"| in place | {local.share:.2%} | {local.first_s:.2f} s | | |"
         for ahead, words in ((True, "on demand, read ahead"), (False, "on demand")):
             waited = without(job, line, step_s, count, ahead=ahead)
             yield f"| {words} | {waited.share:.2%} | {waited.first_s:.2f} s | | |"

@@ -113,8 +113,8 @@ class _InProcessLoader:
         self._job = job
         self._steps = steps
         self._next = steps.start
-        self._member = access.join(local_world, self._reads if steps else None)
         self._reader = StepReader(access.plan)
+        self._member = access.join(local_world, self._reads if steps else None)
 
     def __iter__(self) -> Iterator[StepRows]:
         for step in self._steps:

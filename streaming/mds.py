@@ -111,7 +111,7 @@ class MdsFolder:
             path, identity = self._files[number]
             try:
                 same = _identity(os.stat(path)) == identity
-            except FileNotFoundError:
+            except OSError:
                 same = False
             if not same:
                 del self._open[number]
@@ -168,10 +168,12 @@ def decode(encoding: str, data: memoryview) -> Any:
 
 def _map_file(path: Path, file: File) -> tuple[memoryview, int]:
     """The mapped bytes of a plain file, and a number, not 0, that tells whether it is still the same file."""
+    in_memory = path.is_relative_to("/proc")  # of another process: a link of the kernel's, for as long as it is held
     try:
-        # What another process holds in memory has a link of the kernel's for its name.
-        fd = os.open(path, os.O_RDONLY) if path.is_relative_to("/proc") else open_plain(path)
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDONLY) if in_memory else open_plain(path)
+    except OSError as error:
+        if not in_memory and not isinstance(error, FileNotFoundError):
+            raise
         raise IntegrityError("the shard is missing", where=str(path)) from None
     try:
         stat = os.fstat(fd)

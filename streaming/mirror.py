@@ -58,7 +58,7 @@ def _mirror(places: Sequence[Place], key: str, manifest_name: str, root: Path) -
             if not place.holds(key):
                 continue
             _copy(place.storage, key, manifest_name, aside)
-        except (IntegrityError, Unreachable, SiteError) as error:
+        except (IntegrityError, Unreachable, SiteError, OSError) as error:  # a disk that fails too
             failures.append(error)
             continue
         sync_tree(aside)
@@ -71,13 +71,12 @@ def _mirror(places: Sequence[Place], key: str, manifest_name: str, root: Path) -
 
 def _copy(storage: Storage, key: str, manifest_name: str, aside: Path) -> None:
     """Fill ``aside`` with every file of the manifest, then the manifest and its marker."""
-    text, marker = storage.read(f"{key}/{manifest_name}"), storage.read(f"{key}/{MARKER}")
-    where = f"{storage.root_url}/{key}"
-    digests: Mapping[str, str] = check_manifest(text, marker.decode(errors="replace"), f"{where}/{manifest_name}")[FILES]
-    for name in digests:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or set(name) & set("\\\0"):
-            raise DataError(f"the manifest names a file outside its folder: {ascii(name)}", where=where)
+    where = f"{storage.root_url}/{key}/{manifest_name}"
+    try:
+        text, marker = storage.read(f"{key}/{manifest_name}"), storage.read(f"{key}/{MARKER}")
+    except FileNotFoundError:
+        raise IntegrityError("the file is missing, or its COMMITTED marker", where=where) from None
+    digests: Mapping[str, str] = check_manifest(text, marker.decode(errors="replace"), where)[FILES]
     _check_room(storage, key, digests, aside)
     for name, expected in sorted(digests.items()):
         _download(storage, f"{key}/{name}", aside / name, expected)

@@ -99,6 +99,8 @@ def tier_rules(tiers: tuple[Tier, ...], place: Placement) -> Iterator[tuple[str,
                 "tiers[0].path",
                 f"given '{tier.path}'; the first tier holds what is read next: a folder on a fast disk",
             )
+        if number > 0 and tier.run_cache != "auto":
+            yield f"tiers[{number}].run_cache", f"given '{tier.run_cache}'; only the first tier keeps copied shards for runs"
         for other, before in enumerate(tiers[:number]):
             if _within(tier.path, before.path) or _within(before.path, tier.path):
                 yield f"tiers[{number}].path", f"'{tier.path}' and tiers[{other}].path lie within one another"

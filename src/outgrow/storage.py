@@ -37,6 +37,7 @@ _ANSWER_S = (10.0, 60.0)
 """Least and most time for an answer to begin; between them as much as the patience is."""
 _SLOWEST_BYTES_PER_S = 64_000
 """A request whose bytes come more slowly is broken off and made again."""
+_ABORT_S = 10.0
 _PARALLEL = 8
 
 
@@ -83,11 +84,16 @@ class Storage:
 
     def names(self, key: str) -> list[str]:
         """Names (not paths) directly below ``key``, sorted; empty where there is no such folder."""
+        if self.is_local:
+            return sorted(entry.name for entry in _entries(self.path(key)))
         paths = {entry["name"].rstrip("/") for entry in self._list(key)} - {self.path(key)}
         return sorted(PurePosixPath(path).name for path in paths)
 
     def sizes(self, key: str) -> dict[str, int]:
         """Bytes of each file directly below ``key``, by name; empty where there is no such folder."""
+        if self.is_local:
+            files = [(entry.name, _file_bytes(entry)) for entry in _entries(self.path(key))]
+            return {name: num_bytes for name, num_bytes in files if num_bytes is not None}
         return {PurePosixPath(entry["name"]).name: int(entry["size"]) for entry in self._list(key) if entry["type"] == "file"}
 
     def read(self, key: str) -> bytes:
@@ -127,7 +133,14 @@ class Storage:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             return open(path, "wb")
         if self._is_s3:
-            return cast(BinaryIO, MultipartWriter(lambda method, **arguments: self._request(key, method, **arguments)))
+            brief = self.with_patience(_ABORT_S)
+
+            def request(method: str, **arguments: Any) -> Any:
+                # Giving up must not take as long again as the trying that led to it.
+                asked = brief if method == "abort_multipart_upload" else self
+                return asked._request(key, method, **arguments)
+
+            return cast(BinaryIO, MultipartWriter(request))
         return cast(BinaryIO, self._ask("write", key, lambda: self.fs.open(path, "wb")))
 
     def write(self, key: str, data: bytes) -> None:
@@ -275,6 +288,23 @@ def _with_timeouts(root: str, options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
     ours = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"mode": "standard", "total_max_attempts": 1}}
     return {**options, "config_kwargs": {**ours, **options.get("config_kwargs", {})}}
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing where there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _file_bytes(entry: os.DirEntry[str]) -> int | None:
+    """Size of a file; None for anything else, and for one that was removed since the folder was read."""
+    try:
+        return entry.stat().st_size if entry.is_file() else None
+    except FileNotFoundError:
+        return None
 
 
 def _each(action: Callable[[str], None], names: Iterable[str]) -> None:

@@ -88,7 +88,7 @@ def look_ahead(recipe: Recipe, site: Site, card: DatasetCard, given: Assumptions
     every = int(work.num_bytes.sum())
     cache_bytes = _cache_bytes(hot, given.cache, every, work.divide(0).smallest)
     room = work.divide(cache_bytes)
-    room.check("--cache" if given.cache else f"tier '{hot.name}'")
+    room.check("--cache")  # what a run would get is enough, or has been refused
     prefetched = simulate(work, cache_bytes, source, pace)
     all_kept = simulate(work, every, source, pace)
     return Outlook(
@@ -111,7 +111,7 @@ def foresee_reading(recipe: Recipe, site: Site, card: DatasetCard) -> DataReadin
     Raises ``DataError`` where no place has the dataset.
     """
     reading = open_reading(site, card)
-    if reading.hot is None:
+    if reading.hot is None or reading.hot in reading.holders:
         return DataReading(note=f"the dataset is read where it lies, at {reading.holders[0].name}", refusal=None)
     work = _workload(reading, recipe, card, Mix.of(recipe, card), 0)
     every, smallest = int(work.num_bytes.sum()), work.divide(0).smallest
@@ -163,14 +163,13 @@ def _check_names(given: Assumptions, places: Sequence[Place]) -> None:
 
 def _fast_and_slow(reading: Reading) -> tuple[Place, Place]:
     """The tier that a run reads through, and the place that it fetches from. Raises ``DataError`` where it fetches nothing."""
-    slower = [place for place in reading.holders if reading.hot and place.name != reading.hot.name]
-    if reading.hot is None or not slower:
+    if reading.hot is None or reading.hot in reading.holders:
         raise DataError(
             "the dataset is read where it lies: no shard is copied",
             where=str(reading.store),
             hint="to see how it were on a slower disk, list that one in site.yaml under tiers:, after a faster one",
         )
-    return reading.hot, slower[0]
+    return reading.hot, reading.holders[0]
 
 
 def _source(hot: Place, holder: Place, given: Assumptions) -> Source:

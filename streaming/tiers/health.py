@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from outgrow.errors import OutgrowError
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import nearest_folder
 from outgrow.streaming.tiers.places import Place, open_places
-from outgrow.streaming.tiers.slot import SlotState, placed_bytes, slots
+from outgrow.streaming.tiers.slot import SlotState, absence, placed_bytes, slots
 
 _PATIENCE_S = 5.0
 """So long a bucket is asked again."""
@@ -55,8 +56,9 @@ def examine(site: Site) -> list[PlaceState]:
     threads = [threading.Thread(target=look, args=(number,), daemon=True) for number in range(len(places))]
     for thread in threads:
         thread.start()
+    give_up = time.monotonic() + _ANSWER_S
     for thread in threads:
-        thread.join(_ANSWER_S)
+        thread.join(max(0.0, give_up - time.monotonic()))
     return list(found)
 
 
@@ -71,7 +73,7 @@ def read_errors(states: Sequence[PlaceState]) -> dict[str, Counter[str]]:
 
 
 def _examine(place: Place, *, is_given: bool) -> PlaceState:
-    """``is_given``: a tier of the site, whose folder is made only where the folder above it is there."""
+    """``is_given``: a tier of the site, whose folder is made only where its disk is there."""
     try:
         if place.is_local and not place.folder.exists():
             return _not_made_yet(place, is_given=is_given)
@@ -90,9 +92,9 @@ def _examine(place: Place, *, is_given: bool) -> PlaceState:
 
 
 def _not_made_yet(place: Place, *, is_given: bool) -> PlaceState:
-    above = place.folder.parent if is_given else nearest_folder(place.folder)
-    if not above.is_dir():
-        return PlaceState(place=place, problem=f"not there: {above} does not exist; is its disk mounted?")
+    if is_given and (missing := absence(place.folder)):
+        return PlaceState(place=place, problem=f"not there: {missing}; is its disk mounted?")
+    above = nearest_folder(place.folder)
     if not os.access(above, os.W_OK):
         return PlaceState(place=place, problem=f"not there, and {above} cannot be written")
     return PlaceState(place=place, note=f"not there yet: made in {above} when needed", free_bytes=place.storage.free_bytes())

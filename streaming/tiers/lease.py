@@ -123,9 +123,16 @@ def last_used(slot: Path) -> float:
 def tier_lock(folder: Path) -> Iterator[float]:
     """Holds the lock of the slots in ``folder``; gives the time by the clock of their disk, s of Unix time.
 
-    Raises ``SiteError`` where the disk cannot lock files.
+    Raises ``SiteError`` where the disk cannot lock files, or another user's slots lie there.
     """
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise SiteError(
+            f"slots cannot be taken or looked at here: {error.strerror}",
+            where=str(folder),
+            hint="each user needs a folder of their own for a tier, on a disk that can be written",
+        ) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -45,9 +45,6 @@ class Channel:
             raise to_error(answer["error"])
         return answer
 
-    def fileno(self) -> int:
-        return self._connection.fileno()
-
     def close(self) -> None:
         """Also ends a ``receive`` that another thread waits in."""
         with contextlib.suppress(OSError):  # the other end was closed before

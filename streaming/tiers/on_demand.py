@@ -17,6 +17,7 @@ from outgrow.recipes.schema.site import Site
 from outgrow.storage import file_digest
 from outgrow.streaming.documents import Documents
 from outgrow.streaming.manifest import FILES, STORE_MANIFEST, read_manifest
+from outgrow.streaming.tiers.rate import RateLimit
 from outgrow.streaming.tiers.reading import holds_whole, open_reading
 from outgrow.streaming.tiers.shard_list import ShardFile, ShardList, split_folder
 from outgrow.streaming.tiers.slot import Slot, take_slot
@@ -57,8 +58,10 @@ def open_dataset(site: Site, card: DatasetCard) -> Iterator[Dataset]:
     shards = ShardList.open(reading.store, [stream.name for stream in card.streams])
     smallest = _FEWEST_SHARDS * int(shards.num_bytes.max(initial=0))
     wanted = min(_MOST_BYTES, int(shards.num_bytes.sum()))
+    limit = reading.hot.tier.limit_bytes_per_s
+    fetcher = Fetcher(reading.holders, card.store, limiter=RateLimit(limit) if limit else None)
     with take_slot(reading.hot, card.store, run="", dataset_bytes=wanted, smallest=smallest, patience_s=0.0) as slot:
-        yield Dataset(reading.store, _Shards(slot, shards, Fetcher(reading.holders, card.store)))
+        yield Dataset(reading.store, _Shards(slot, shards, fetcher))
 
 
 class _Shards:

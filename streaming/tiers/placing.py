@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -116,7 +116,8 @@ class Placer:
         Raises ``DataError`` for an original, for the last whole one, and where something lies in it that outgrow did not copy.
         """
         place = self._shelves.place(name)
-        with self._alone(place):
+        # Of two copies, each whole as long as the other is not removed, one stays.
+        with self._locked(self._locks / "removing", name), self._alone(place):
             item = self._shelves.item(kind, key)  # as it is now: another process may have been waited for
             if self._shelves.claim(place, key) is not None and self._shelves.record(place, key) is None:
                 self._discard(place, key)
@@ -370,16 +371,21 @@ class Placer:
 
     # --- who is at it -------------------------------------------------------------------------------------------------
 
+    def _alone(self, place: Place) -> AbstractContextManager[None]:
+        """Holds the lock of a place."""
+        lock = tier_folder(place) / PLACING / ".lock" if place.is_local else self._locks / f"{PLACING}-{place.name}"
+        return self._locked(lock, place.name)
+
     @contextmanager
-    def _alone(self, place: Place) -> Iterator[None]:
-        """Holds the lock of a place among the processes of this machine; the kernel frees it when its holder dies."""
-        folder = tier_folder(place) / PLACING if place.is_local else self._locks
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / (".lock" if place.is_local else f"{PLACING}-{place.name}"), "w") as file:
+    def _locked(self, lock: Path, name: str) -> Iterator[None]:
+        """Holds a lock among the processes of this machine, for a change of the place ``name``; the kernel frees it when its
+        holder dies."""
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._on_wait(place.name)
+                self._on_wait(name)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -31,11 +31,11 @@ _VISITS_A_CALL = 1000
 
 
 class Prefetch:
-    """The fetches of one schedule, under way for ``readers`` ranks that all begin with step ``start``.
+    """The fetches of one schedule, under way for readers of the steps from ``start`` on.
 
     ``num_bytes`` and ``windows``, int64 [shards], are the size of each shard and the number of its window; ``room`` is what may
-    lie in the slot at any time, bytes; ``present`` are the shards that lie there from before, as for the schedule. Every reader
-    leaves every step.
+    lie in the slot at any time, bytes; ``present`` are the shards that lie there from before, as for the schedule. ``frontier``
+    is the lowest step that some reader has not left.
     """
 
     def __init__(
@@ -46,14 +46,13 @@ class Prefetch:
         windows: Int64,
         room: int,
         present: Mapping[int, bool],
-        readers: int,
         start: int,
     ) -> None:
+        self.frontier = start
         self._schedule = schedule
         self._num_bytes = num_bytes
         self._windows = windows
         self._room = room
-        self._readers = [_Left(start) for _ in range(readers)]
         self._horizon = start  # planning has been asked for up to here
         self._held = set(present)  # lies in the slot, or has its room there
         self._used = sum(int(num_bytes[shard]) for shard in self._held)
@@ -67,11 +66,6 @@ class Prefetch:
         self._inherited: list[Fetch] = []  # running since before the last ``replan``, so needed by any step
         self._last = -1  # the shard that was begun last
         self._admit()
-
-    @property
-    def frontier(self) -> int:
-        """The lowest step that some reader has not left."""
-        return min(reader.first for reader in self._readers)
 
     @property
     def used_bytes(self) -> int:
@@ -126,10 +120,11 @@ class Prefetch:
         self._admitted.append(replace(fetch, step=step, evict=(), check=False))  # its room is still taken
         self._admitted.sort(key=lambda other: other.step)
 
-    def release(self, reader: int, step: int) -> None:
-        """A reader has left a step; steps may be left in any order, each once."""
-        self._readers[reader].leave(step)
-        self._admit()
+    def advance(self, frontier: int) -> None:
+        """Every reader has left all steps below ``frontier``."""
+        if frontier > self.frontier:
+            self.frontier = frontier
+            self._admit()
 
     # --- less room ----------------------------------------------------------------------------------------------------
 
@@ -169,11 +164,10 @@ class Prefetch:
 
     def _choice(self) -> Fetch | None:
         """The admitted fetch to begin now. One that is read through takes memory, so it waits until its step is read."""
-        frontier = self.frontier
-        free = [fetch for fetch in self._admitted if fetch.step <= frontier or not fetch.through]
+        free = [fetch for fetch in self._admitted if fetch.step <= self.frontier or not fetch.through]
         if not free:
             return None
-        due = [fetch for fetch in free if fetch.step <= frontier]
+        due = [fetch for fetch in free if fetch.step <= self.frontier]
         last = self._windows[self._last] if self._last >= 0 else -1
         begun = [fetch for fetch in free if self._windows[fetch.shard] == last]
         first = self._windows[free[0].shard]
@@ -214,8 +208,7 @@ class Prefetch:
 
     def _delete(self) -> None:
         """Take their room from shards that were given up and that every reader has left."""
-        frontier = self.frontier
-        while self._given_up and self._given_up[0][0] < frontier and self._given_up[0][1] in self._whole:
+        while self._given_up and self._given_up[0][0] < self.frontier and self._given_up[0][1] in self._whole:
             last_step, shard = heappop(self._given_up)
             self._drop(shard)
             self._deleted.append(Eviction(shard=shard, last_step=last_step))
@@ -243,19 +236,3 @@ class Prefetch:
         self._whole = self._held - self._coming()
         self._unverified = {shard for shard, is_verified in present.items() if not is_verified}
         self._admitted, self._next, self._given_up, self._deleted = [], None, [], []
-
-
-class _Left:
-    """The steps that one reader has left."""
-
-    def __init__(self, start: int) -> None:
-        self.first = start
-        """The lowest that it has not left."""
-        self._beyond: set[int] = set()
-
-    def leave(self, step: int) -> None:
-        assert step >= self.first and step not in self._beyond, "a step is left once"
-        self._beyond.add(step)
-        while self.first in self._beyond:
-            self._beyond.remove(self.first)
-            self.first += 1

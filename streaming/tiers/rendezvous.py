@@ -69,11 +69,16 @@ def take_seat(folder: Path) -> Seat | None:
     lock = _lock(folder)
     if lock is None:
         return None
-    (folder / _SOCKET).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with _short_name(folder) as name:
-        listener.bind(name)
-    listener.listen(_BACKLOG)
+    try:
+        (folder / _SOCKET).unlink(missing_ok=True)
+        with _short_name(folder) as name:
+            listener.bind(name)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        os.close(lock)
+        raise
     return Seat(folder, lock, listener)
 
 
@@ -83,12 +88,15 @@ def start_prefetcher(seat: Seat, assignment: bytes) -> None:
     theirs, ours = os.pipe()
     fds = {"lock": seat.lock, "listener": seat.listener.fileno(), "assignment": theirs}
     code = _START.format(folder=str(seat.folder), **fds)
-    # A session of its own: Ctrl-C and the end of a terminal are the ranks' affair, and it ends with the last of them.
-    _started.append(start_python(code, pass_fds=tuple(fds.values()), start_new_session=True, stdout=subprocess.DEVNULL))
-    os.close(theirs)
-    os.close(seat.lock)
-    seat.listener.close()
     with contextlib.suppress(BrokenPipeError), open(ours, "wb") as pipe:  # if it died, whoever connects will see it
+        try:
+            # A session of its own: Ctrl-C and the end of a terminal are the ranks' affair, and it ends with the last of them.
+            process = start_python(code, pass_fds=tuple(fds.values()), start_new_session=True, stdout=subprocess.DEVNULL)
+        finally:
+            os.close(theirs)
+            os.close(seat.lock)
+            seat.listener.close()
+        _started.append(process)
         pipe.write(assignment)
 
 

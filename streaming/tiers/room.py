@@ -62,7 +62,7 @@ class Room:
                 f"the cache for shards has {self.total:,} bytes; the smallest that works has {self.smallest:,}: {window:,} for "
                 f"the shards that are shuffled together, and {self.pinned:,} for those that validation reads",
                 where=where,
-                hint="raise run_cache or capacity of the first tier, or free its disk; or lower data.window_shards",
+                hint="give it as much, or lower data.window_shards: fewer shards are shuffled together then",
             )
 
 

@@ -111,7 +111,7 @@ def simulate(work: Workload, cache_bytes: int, source: Source, pace: Pace, *, fo
     schedule = Schedule(work.needs, work.num_bytes, capacity=room.planned, start=0, stop=work.stop, present={})
     feed: _Feed = _OnDemand(schedule)
     if foresight:
-        feed = Prefetch(schedule, work.num_bytes, windows=work.windows, room=room.unpinned, present={}, readers=1, start=0)
+        feed = Prefetch(schedule, work.num_bytes, windows=work.windows, room=room.unpinned, present={}, start=0)
     pinned = int(work.num_bytes[list(work.pinned)].sum())
     line = _Line(source, work.num_bytes, first_s=source.seconds(pinned, len(work.pinned)))
     start_s, stall_s = _drive(feed, line, work.stop, pace)
@@ -176,7 +176,7 @@ class _Feed(Protocol):
     def is_ready(self, step: int) -> bool: ...
     def begin(self, *, parallel: int) -> list[Fetch]: ...
     def arrived(self, fetch: Fetch) -> None: ...
-    def release(self, reader: int, step: int) -> None: ...
+    def advance(self, frontier: int) -> None: ...
 
 
 class _OnDemand:
@@ -201,7 +201,7 @@ class _OnDemand:
     def arrived(self, fetch: Fetch) -> None:
         self._running -= 1
 
-    def release(self, reader: int, step: int) -> None:
+    def advance(self, frontier: int) -> None:
         """Nothing waits for room: what a step needs is asked for when all before it has been read."""
 
 
@@ -270,7 +270,7 @@ def _drive(feed: _Feed, line: _Line, stop: int, pace: Pace) -> tuple[float, floa
             fetch = line.advance(float("inf"))
             assert fetch is not None
             feed.arrived(fetch)
-        feed.release(0, step)
+        feed.advance(step + 1)
         _start(feed, line)
         begins.append(max(free_s, line.now_s))
         waited_s += begins[-1] - free_s

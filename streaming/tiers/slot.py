@@ -23,7 +23,7 @@ from outgrow.contracts import ShardCounts
 from outgrow.errors import DataError, SiteError
 from outgrow.recipes.placed import PLACED, parse_record
 from outgrow.storage import nearest_folder
-from outgrow.streaming.manifest import MARKER
+from outgrow.streaming.manifest import MARKER, is_inside
 from outgrow.streaming.tiers import slot_files
 from outgrow.streaming.tiers.lease import LEASE, QUIET_S, RECORD, Holder, Lease, is_held, last_used, tier_lock
 from outgrow.streaming.tiers.places import Place
@@ -51,8 +51,7 @@ class Slot:
 
     def path(self, file: ShardFile) -> Path:
         """Where the copy of a shard belongs. Raises ``DataError`` for a name that leads elsewhere."""
-        parts = PurePosixPath(file.name).parts
-        if parts[:1] != (slot_files.STREAMS,) or ".." in parts or "\0" in file.name:
+        if not is_inside(file.name) or not file.name.startswith(f"{slot_files.STREAMS}/"):
             raise DataError(f"a shard cannot be kept under the name {ascii(file.name)}", where=str(self.folder))
         return self.folder / file.name
 
@@ -193,8 +192,9 @@ def placed_bytes(place: Place) -> int:
     total = 0
     for name in place.storage.names(PLACED):
         flat, _, extension = name.rpartition(".")
-        if extension == "json" and (record := parse_record(place.storage.read(f"{PLACED}/{name}"), flat.replace("+", "/"))):
-            total += record.bytes
+        with suppress(FileNotFoundError):  # a copy is being taken away
+            if extension == "json" and (record := parse_record(place.storage.read(f"{PLACED}/{name}"), flat.replace("+", "/"))):
+                total += record.bytes
     return total
 
 
@@ -202,7 +202,7 @@ def read_counts(folder: Path) -> ShardCounts | None:
     """What reading through a slot has cost; None where nothing was written yet, or by another version."""
     try:
         return ShardCounts.from_dict(json.loads((folder / COUNTS).read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -222,22 +222,34 @@ def newest_speeds(states: Sequence[SlotState]) -> dict[str, float]:
 
 
 def tier_folder(place: Place) -> Path:
-    """The folder of a local tier, made where its parent is there: a disk that is not mounted is not written to.
+    """The folder of a local tier, made where its disk is there: one that is not mounted is not written to.
 
-    Raises ``SiteError`` where the parent is missing or the folder cannot be made.
+    Raises ``SiteError`` where ``absence`` has something to say, or the folder cannot be made.
     """
     folder = place.folder
     try:
+        if missing := absence(folder):
+            raise SiteError(
+                f"tier '{place.name}' is not there: {missing}",
+                where=str(folder),
+                hint=f"mount its disk, or make the folder {folder}; or change tiers: in site.yaml",
+            )
         folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise SiteError(
-            f"tier '{place.name}' is not there: {folder.parent} does not exist",
-            where=str(folder),
-            hint="mount its disk, or make that folder; or change tiers: in site.yaml",
-        ) from None
     except OSError as error:
         raise SiteError(f"tier '{place.name}' cannot be used: {error.strerror}", where=str(folder)) from None
     return folder
+
+
+def absence(folder: Path) -> str:
+    """What tells that the disk of a tier's folder is not mounted; empty where nothing does, or the folder is there."""
+    above = folder.parent
+    if folder.exists():
+        return ""
+    if not above.is_dir():
+        return f"{above} does not exist"
+    if not os.path.ismount(above) and not os.listdir(above):
+        return f"{above} is empty, as a mount point is without its disk"
+    return ""
 
 
 # --- steps of taking one; the tier is locked --------------------------------------------------------------------------

@@ -140,6 +140,8 @@ class Supply:
         with self._alone(shard):
             with self._changed:
                 has_place = self._has_place(shard)
+                if has_place:
+                    self._forget_elsewhere(shard)  # what was found damaged may lie there
             try:
                 if has_place:
                     self._mend_or_read(shard, step)
@@ -192,7 +194,6 @@ class Supply:
             windows=self._windows,
             room=self._room.unpinned,
             present=present,
-            readers=1,  # the ranks taken together: their lowest step
             start=start,
         )
         if self._prefetch.used_bytes > self._room.unpinned:
@@ -231,13 +232,15 @@ class Supply:
     def _follow(self, prefetch: Prefetch) -> None:
         waiting = self._positions.num_seen < self._expected and time.monotonic() < self._first_join + _JOIN_S
         reached = None if waiting else self._positions.frontier
-        for step in range(prefetch.frontier, prefetch.frontier if reached is None else reached):
-            prefetch.release(0, step)
+        if reached is not None:
+            prefetch.advance(reached)
         if not self._due_pinned:
             self._begin(prefetch)
         self._tallies.planned(self._schedule.planned, self._schedule.counts)
         self._tallies.reach(prefetch.frontier)
-        self._forget_elsewhere(prefetch.frontier - 1)  # the next step may well need the same
+        for shard, (step, _) in list(self._elsewhere.items()):
+            if step < prefetch.frontier - 1 and shard not in self._pinned:  # the next step may well need the same
+                self._forget_elsewhere(shard)
 
     def _begin(self, prefetch: Prefetch) -> None:
         for fetch in prefetch.begin(parallel=self._parallel):
@@ -249,11 +252,9 @@ class Supply:
         self._copies.delete(shard)
         self._tallies.add("evictions")
 
-    def _forget_elsewhere(self, before: int) -> None:
-        for shard, (step, _) in list(self._elsewhere.items()):
-            if step < before and shard not in self._pinned:
-                self._copies.close_elsewhere(shard)
-                del self._elsewhere[shard]
+    def _forget_elsewhere(self, shard: int) -> None:
+        self._copies.close_elsewhere(shard)
+        self._elsewhere.pop(shard, None)
 
     def _is_ready(self, step: int) -> bool:
         """Raises what keeps the step, or one before it, from ever being ready."""
@@ -336,9 +337,12 @@ class Supply:
         looked at ``again`` or not."""
         with self._changed:
             known = self._elsewhere.get(shard)
-        path = known[1] if known and not again else self._copies.open_elsewhere(shard)
+            if known is not None:
+                step = max(step, known[0])
+                self._elsewhere[shard] = (step, known[1])  # so that it is not forgotten meanwhile
+        path = known[1] if known is not None and not again else self._copies.open_elsewhere(shard)
         with self._changed:
-            self._elsewhere[shard] = (max(step, known[0]) if known else step, path)
+            self._elsewhere[shard] = (step, path)
             self._tallies.add("read_through", known is None)
 
     def _settle(self, job: _Job, error: Exception | None) -> None:

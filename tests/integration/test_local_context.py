@@ -15,7 +15,7 @@ from datasets_of_cards import card, index_card
 
 from outgrow.cluster.local import LocalContext, run_local
 from outgrow.contracts import Context, JobSpec, RunRef, StepRecord, WorkerResult
-from outgrow.errors import DataError, TrainingError
+from outgrow.errors import DataError, RestartError, TrainingError
 
 CARD = card(index_card(8, {"a": (10, 80)}))
 
@@ -66,6 +66,21 @@ def fails_on_rank_1(job: JobSpec, context: Context) -> WorkerResult:
         raise ZeroDivisionError("by zero on purpose")
     dist.all_reduce(torch.ones(1))  # waits for rank 1, and breaks when it goes
     return result(0.0)
+
+
+def gives_up_shards(job: JobSpec, context: Context) -> WorkerResult:
+    """The last rank finds a bad shard at each start, until so many are given up."""
+    given_up = list(Path(str(job.recipe["folder"])).iterdir())
+    if context.rank == context.world - 1 and len(given_up) < int(str(job.recipe["bad"])):
+        (Path(str(job.recipe["folder"])) / str(len(given_up))).touch()
+        raise RestartError(f"shard {len(given_up)} is given up")
+    context.barrier()
+    context.report(record(context.attempt, len(given_up)))
+    return result(0)
+
+
+def asks_in_vain(job: JobSpec, context: Context) -> WorkerResult:
+    raise RestartError("shard 0 is given up")
 
 
 def waits(job: JobSpec, context: Context) -> WorkerResult:
@@ -137,6 +152,18 @@ def test_the_failing_ranks_own_exception_surfaces(error: str) -> None:
         assert "raised on rank 1" in caught.value.__notes__[0]
     else:
         assert caught.value.message.startswith("rank 1 failed: ZeroDivisionError: by zero on purpose\nTraceback")
+
+
+@pytest.mark.parametrize(("workers", "bad"), [(1, 5), (2, 1)])
+def test_ranks_are_started_again_where_one_asks_for_it(tmp_path: Path, workers: int, bad: int) -> None:
+    seen: list[StepRecord] = []
+    done = run_local(job(workers, folder=str(tmp_path), bad=bad), gives_up_shards, on_record=seen.append)
+    assert (done.restarts, [r.step for r in seen]) == (bad, [bad])
+
+
+def test_a_rank_that_asks_twice_for_the_same_is_not_started_again() -> None:
+    with pytest.raises(RestartError, match="shard 0 is given up"):
+        run_local(job(1), asks_in_vain, on_record=print)
 
 
 def test_a_killed_rank_is_named_and_the_others_end(tmp_path: Path) -> None:

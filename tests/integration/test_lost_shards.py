@@ -68,8 +68,11 @@ def lost(dataset: Dataset, run: str) -> list[LostShard]:
     return [LostShard(stream=loss.stream, shard=loss.shard) for loss in read_losses(Storage(str(dataset.root)), f"runs/{run}")]
 
 
-def test_a_bad_shard_stops_the_run_or_is_given_up_as_if_that_had_been_known_from_the_start(dataset: Dataset) -> None:
-    """Bit by bit, on two ranks with loader workers that read ahead. The other run cannot have used the shard: it is gone."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.tiers)])
+def test_a_bad_shard_stops_the_run_or_is_given_up_as_if_that_had_been_known_from_the_start(
+    dataset: Dataset, ranks: int
+) -> None:
+    """Bit by bit, with loader workers that read ahead. The other run cannot have used the shard: it is gone."""
     damage(dataset, BAD)
     with pytest.raises(ShardError) as caught:
         run(job(dataset, "stopped", 10, loader_workers=1))
@@ -80,7 +83,7 @@ def test_a_bad_shard_stops_the_run_or_is_given_up_as_if_that_had_been_known_from
     )
     assert not lost(dataset, "stopped")
 
-    found = run(quarantined(dataset, "found", 10, workers=2, loader_workers=1, **EXACT))
+    found = run(quarantined(dataset, "found", 10, workers=ranks, loader_workers=1, **EXACT))
     assert found.restarts == 1
     assert lost(dataset, "found") == [BAD]
     starts = [start.detail.get("lost_shards") for start in records(dataset, "found", "start")]
@@ -88,7 +91,7 @@ def test_a_bad_shard_stops_the_run_or_is_given_up_as_if_that_had_been_known_from
 
     shard_file(dataset, BAD).unlink()
     shutil.copytree(dataset.root / "runs/found/quarantine", dataset.root / "runs/knew/quarantine")
-    knew = run(quarantined(dataset, "knew", 10, workers=2, **EXACT))
+    knew = run(quarantined(dataset, "knew", 10, workers=ranks, **EXACT))
     assert knew.restarts == 0
     assert curve(dataset, "found") == curve(dataset, "knew")
     assert dataclasses.replace(found.worker, **UNLIKE) == dataclasses.replace(knew.worker, **UNLIKE)

@@ -194,8 +194,8 @@ def test_everything_goes_to_a_bucket_and_comes_back(far: tuple[Kept, Storage]) -
     kept, bucket = far
     before = originals(kept.root)
     assert "all is in place" in place(kept, "--apply")
-    for key in (STORE, STEP, QUANTISED, WEIGHTS):
-        assert kept.state(key, "far", read=True) == "copy"
+    placed = [item.at("far") for item in kept.stock(read=True).items]
+    assert len(placed) == 5 and all(holding and holding.copied and not holding.problem for holding in placed)
     assert bucket.names("placing") == []
     for key, folder in ((STEP, "runs"), (QUANTISED, "quantised")):
         shutil.rmtree(kept.root / "storage" / folder)

@@ -53,8 +53,8 @@ def test_a_killed_prefetcher_is_started_again(
         for rows in loader:
             found.append(digest(rows))
             if rows.step in (5, 40):
-                for process in prefetchers(tmp_path):
-                    process.kill()
+                (process,) = prefetchers(tmp_path)
+                process.kill()
     assert found == undisturbed
     wait_until_gone(tmp_path)
     assert counts_at_end(job).hits > 0

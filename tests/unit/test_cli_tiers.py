@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -139,15 +140,18 @@ def test_a_bucket_that_is_away_is_given_up_soon_and_no_secret_shows(
     assert "hunter2" not in f"{rows}{rest}"
 
 
-def test_a_place_that_hangs_does_not_hold_up_the_others(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nvme").mkdir()
-    monkeypatch.setattr(health, "_ANSWER_S", 0.5)
-    trial = health._try_to_write
-    monkeypatch.setattr(health, "_try_to_write", lambda place: time.sleep(3) if place.name == "usb" else trial(place))
-    (tmp_path / "usb").mkdir()
-    code, rows, _ = run("--site", site_file(tmp_path, tier("nvme", tmp_path / "nvme"), tier("usb", tmp_path / "usb")))
-    assert code == 1
-    assert [row["health"] for row in rows] == ["ok", "does not answer within 0 s"]
+def test_places_that_hang_hold_up_neither_the_others_nor_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, trial, over = ("nvme", "a", "b", "c", "d"), health._try_to_write, threading.Event()
+    for name in names:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(health, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(health, "_try_to_write", lambda place: trial(place) if place.name == "nvme" else over.wait())
+    site = Site.model_validate({"storage": str(tmp_path / "nvme"), "tiers": [tier(name, tmp_path / name) for name in names]})
+    before = time.monotonic()
+    states = health.examine(site)
+    assert time.monotonic() - before < 3
+    over.set()
+    assert [state.problem for state in states] == ["", *["does not answer within 1 s"] * 4]
 
 
 def test_clean_removes_what_no_run_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -214,6 +215,33 @@ def test_a_damaged_file_is_taken_from_another_place(
     found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
     assert tree_digests(found.store) == without_shards(dataset)
     assert downloads.count(TABLE) == 4, "three times from the disk, once from the bucket"
+
+
+def test_a_place_without_its_manifest_is_passed_over_for_another(dataset: Dataset, remote: str, tmp_path: Path) -> None:
+    copy = tmp_path / "hdd"
+    shutil.copytree(dataset.store, copy / "datasets/s")
+    (copy / "datasets/s/store.json").unlink()
+    tiers = [{"name": "nvme", "path": str(tmp_path / "nvme")}, {"name": "hdd", "path": str(copy)}]
+    found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
+    assert tree_digests(found.store) == without_shards(dataset)
+    with pytest.raises(IntegrityError, match=r"datasets/s/store\.json: the file is missing"):
+        open_reading(site(str(copy), tmp_path / "other", *tiers), dataset.card)
+
+
+def test_a_disk_that_cannot_be_read_is_passed_over_for_another(
+    dataset: Dataset, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Storage.read
+
+    def failing(self: Storage, key: str) -> bytes:
+        if self.is_local and key.endswith("store.json"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, key)
+
+    monkeypatch.setattr(Storage, "read", failing)
+    tiers = [{"name": "nvme", "path": str(tmp_path / "nvme")}, {"name": "hdd", "path": str(dataset.root)}]
+    found = open_reading(site(remote, tmp_path / "cache", *tiers), dataset.card)
+    assert tree_digests(found.store) == without_shards(dataset)
 
 
 def test_a_bucket_that_does_not_answer_stops_nothing_that_is_here(

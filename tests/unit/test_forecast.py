@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
 from outgrow.streaming.rows import RowIndex
-from outgrow.streaming.tiers.forecast import Assumptions, Outlook, look_ahead
+from outgrow.streaming.tiers.forecast import Assumptions, Outlook, foresee_reading, look_ahead
 from outgrow.streaming.tiers.needs import Needs
 from outgrow.streaming.tiers.schedule import Schedule
 from outgrow.streaming.tiers.shard_list import ShardList
@@ -117,7 +118,7 @@ def test_a_loader_is_ahead_by_what_its_workers_have_read_and_pack(dataset: Datas
 def test_a_cache_that_is_enough_is_told_where_this_one_is_not(dataset: Dataset, tmp_path: Path) -> None:
     site = make_site(dataset, tmp_path)
     steps = replace(GIVEN, steps=None, cache="30%")
-    recipe = {"duration": {"epochs": 4}}
+    recipe = {"duration": {"epochs": 3}}
     slow = outlook_of(dataset, site, steps, **recipe)
     pace = replace(steps, step_s=0.95 * slow.pace.step_s * slow.prefetched.load)
     found = outlook_of(dataset, site, pace, **recipe)
@@ -126,6 +127,21 @@ def test_a_cache_that_is_enough_is_told_where_this_one_is_not(dataset: Dataset, 
     assert enough.keeps_up and enough.enough_bytes is None
     hopeless = outlook_of(dataset, site, replace(pace, step_s=0.001), **recipe)
     assert hopeless.enough_bytes is None and hopeless.all_kept.load > 1
+
+
+def test_what_lies_whole_on_the_first_tier_too_needs_no_room_there(dataset: Dataset, tmp_path: Path) -> None:
+    """A run reads it under second names (``Slot.present``), however little room is left."""
+    tiers = [
+        {"name": "nvme", "path": str(dataset.root), "capacity": "1 B"},
+        {"name": "hdd", "path": str(tmp_path / "hdd"), "speed": "1 MB/s"},
+    ]
+    shutil.copytree(dataset.root, tmp_path / "hdd")
+    given = {"schema": 1, "storage": str(tmp_path / "hdd"), "cache": str(tmp_path / "cache"), "tiers": tiers}
+    site = Site.model_validate(given)
+    told = foresee_reading(dataset.recipe(), site, dataset.card)
+    assert (told.note, told.refusal) == ("the dataset is read where it lies, at nvme", None)
+    with pytest.raises(DataError, match="read where it lies: no shard is copied"):
+        outlook_of(dataset, site, replace(GIVEN, bytes_per_s={}, latency_s={}))
 
 
 def test_what_cannot_be_forecast_is_refused(dataset: Dataset, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_a_link_is_not_taken_for_the_folder(tmp_path: Path) -> None:
 
 def test_runs_meet_apart(tmp_path: Path) -> None:
     hot = Place(name="nvme", storage=Storage(str(tmp_path / "nvme")), tier=Tier(name="nvme", path=str(tmp_path / "nvme")))
+    (tmp_path / "nvme").mkdir()
     runs = [RunRef(name=name, folder="f", fingerprint=print) for name in ("a", "b") for print in ("0123456789", "9876543210")]
     folders = {gate_folder(hot, run) for run in runs}
     assert len(folders) == 4

@@ -26,6 +26,7 @@ from outgrow.streaming.report import make_report
 from outgrow.streaming.tiers import on_demand
 from outgrow.streaming.tiers.on_demand import Dataset, open_dataset
 from outgrow.streaming.tiers.places import open_places
+from outgrow.streaming.tiers.rate import RateLimit
 from outgrow.streaming.tiers.slot import slots
 
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
@@ -96,6 +97,28 @@ def test_little_room_is_enough(made: Made, remote: str, tmp_path: Path, expected
         assert texts(dataset) == expected
         (state,) = slots(open_places(given)[0])
         assert 0 < state.num_bytes <= state.room_bytes == 2 * largest
+
+
+def test_the_limit_of_the_first_tier_holds_for_what_is_copied_there(
+    made: Made, remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[float, int]] = []
+
+    class Noted(RateLimit):
+        def __init__(self, bytes_per_s: float) -> None:
+            super().__init__(bytes_per_s)
+            self.bytes_per_s = bytes_per_s
+
+        def take(self, num_bytes: int) -> None:
+            taken.append((self.bytes_per_s, num_bytes))
+            super().take(num_bytes)
+
+    monkeypatch.setattr(on_demand, "RateLimit", Noted)
+    given = site(remote, tmp_path / "cache", tier("nvme", tmp_path / "nvme", limit="50 MB/s"))
+    with open_dataset(given, made.card) as dataset:
+        texts(dataset)
+    assert {limit for limit, _ in taken} == {5e7}
+    assert sum(num_bytes for _, num_bytes in taken) == sum(path.stat().st_size for path in made.store.rglob("*.mds"))
 
 
 def test_a_copy_that_was_damaged_since_is_fetched_again(

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,12 +32,14 @@ from kept_folders import (
     write_weights,
 )
 
+from outgrow.cli import main
 from outgrow.errors import DataError, IntegrityError
 from outgrow.recipes.placed import record_key, weights_folder
 from outgrow.storage import Storage, tree_digests
 from outgrow.streaming.tiers import placing
 from outgrow.streaming.tiers.contents import stored_sizes, wrong_files
 from outgrow.streaming.tiers.placing import Outcome
+from outgrow.streaming.tiers.stock import Shelves
 from outgrow.streaming.tiers.transfer import copy_verified
 
 EVERYTHING = {"datasets": ["slow"], "weights": ["fast"], "quantised": ["slow"], "checkpoints": ["fast", "slow"]}
@@ -232,6 +236,40 @@ def test_originals_and_the_last_whole_one_are_not_removed(kept: Kept) -> None:
     flip(kept.folder("storage", QUANTISED) / "manifest.json")
     with pytest.raises(DataError, match="is the last one"):
         kept.remove(QUANTISED, "slow")
+
+
+def test_two_that_remove_at_once_leave_one_that_is_whole(kept: Kept) -> None:
+    kept.apply([(STEP, "fast"), (STEP, "slow")])
+    shutil.rmtree(kept.folder("storage", STEP))
+    look = Shelves.item
+
+    def look_and_wait(*arguments: Any) -> Any:
+        item = look(*arguments)
+        time.sleep(0.2)
+        return item
+
+    with patch.object(Shelves, "item", look_and_wait), ThreadPoolExecutor() as threads:
+        said = [threads.submit(kept.placer().remove, "checkpoints", STEP, name).exception for name in ("fast", "slow")]
+        errors = [error for error in (wait() for wait in said) if error is not None]
+    assert [isinstance(error, DataError) and "is the last one" in str(error) for error in errors] == [True]
+    assert sorted((kept.state(STEP, "fast", read=True), kept.state(STEP, "slow", read=True))) == ["", "copy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "slow"], "--to TIER needs the folders"),
+        (["--every", "1"], "--every copies again and again"),
+        (["--remove", STEP], "--remove and --from go together"),
+        (["--from", "slow"], "--remove and --from go together"),
+        (["--remove", STEP, "--from", "slow", "--verify", "--json"], "--remove does not go with --verify, --json"),
+        (["--limit", "fast"], "--limit"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "place", *words])
+    assert ended.value.code and said in capsys.readouterr().err
 
 
 def test_a_copy_in_which_somebody_put_something_is_not_removed(kept: Kept) -> None:

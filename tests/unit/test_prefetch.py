@@ -35,7 +35,7 @@ class Listed:
 
 def prefetch(fetches: Sequence[Fetch], *, room: int, present: Mapping[int, bool] | None = None, **changed: Any) -> Prefetch:
     """Shards of 10 bytes, four to a window."""
-    given = {"windows": np.arange(100) // 4, "readers": 1, "start": 0, **changed}
+    given = {"windows": np.arange(100) // 4, "start": 0, **changed}
     return Prefetch(Listed(fetches), np.full(100, 10), room=room, present=present or {}, **given)
 
 
@@ -46,11 +46,6 @@ def fetch(shard: int, step: int, *evict: tuple[int, int], **options: bool) -> Fe
 
 def shards(begun: Sequence[Fetch]) -> list[int]:
     return [one.shard for one in begun]
-
-
-def leave(state: Prefetch, *steps: int, reader: int = 0) -> None:
-    for step in steps:
-        state.release(reader, step)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -71,7 +66,7 @@ def test_what_the_frontier_waits_for_comes_first() -> None:
     state = prefetch(sorted(plan, key=lambda one: one.step), room=1000)
     (first,) = state.begin(parallel=1)
     state.arrived(first)
-    leave(state, 0)
+    state.advance(1)
     assert shards(state.begin(parallel=1)) == [40]
 
 
@@ -90,9 +85,9 @@ def test_a_fetch_that_lacks_room_holds_up_all_after_it() -> None:
     for one in both:
         state.arrived(one)
     assert state.begin(parallel=4) == []
-    leave(state, 0, 1)
+    state.advance(2)
     assert state.begin(parallel=4) == []
-    leave(state, 2)
+    state.advance(3)
     later = state.begin(parallel=4)
     assert shards(later) == [2, 3] and sorted(e.shard for one in later for e in one.evict) == [0, 1]
 
@@ -108,9 +103,9 @@ def test_a_shard_that_is_given_up_is_deleted_before_it_is_fetched_again() -> Non
     state = prefetch([fetch(0, 0), fetch(1, 5, (0, 4)), fetch(0, 6, (1, 5))], room=100)
     for one in state.begin(parallel=9):
         state.arrived(one)
-    leave(state, 0, 1, 2, 3)
+    state.advance(4)
     assert state.begin(parallel=9) == []
-    leave(state, 4)
+    state.advance(5)
     (again,) = state.begin(parallel=9)
     assert again.shard == 0 and [gone.shard for gone in again.evict] == [0]
 
@@ -136,16 +131,12 @@ def test_a_step_is_not_ready_before_it_is_planned() -> None:
     assert not state.is_ready(10**7)
 
 
-def test_the_frontier_is_the_lowest_step_that_some_reader_has_not_left() -> None:
-    state = prefetch([], room=10, readers=2, start=7)
-    leave(state, 8, 7, 10, reader=0)
-    assert state.frontier == 7
-    leave(state, 7, reader=1)
-    assert state.frontier == 8
-    leave(state, 8, 9, reader=1)
+def test_a_frontier_that_was_reached_is_not_left_again() -> None:
+    state = prefetch([fetch(0, 8, (9, 6))], room=10, present={9: True}, start=7)
+    assert state.frontier == 7 and state.begin(parallel=1)[0].evict == (Eviction(shard=9, last_step=6),)
+    state.advance(9)
+    state.advance(8)
     assert state.frontier == 9
-    with pytest.raises(AssertionError, match="left once"):
-        leave(state, 8, reader=0)
 
 
 def test_a_shard_from_before_is_checked_in_its_place_before_its_step() -> None:
@@ -161,11 +152,11 @@ def test_what_is_read_through_takes_no_room_and_waits_for_its_step() -> None:
     state = prefetch([fetch(0, 0), fetch(1, 2, through=True), fetch(2, 3, (0, 0))], room=10)
     (first,) = state.begin(parallel=9)
     state.arrived(first)
-    leave(state, 0)
+    state.advance(1)
     (third,) = state.begin(parallel=9)
     state.arrived(third)
     assert third.shard == 2 and not state.is_ready(2) and state.used_bytes == 10
-    leave(state, 1)
+    state.advance(2)
     (through,) = state.begin(parallel=9)
     assert through.through
     state.arrived(through)
@@ -210,7 +201,7 @@ def test_what_was_not_deleted_yet_is_present_for_a_new_plan_but_not_trusted() ->
     state = prefetch([fetch(0, 0), fetch(1, 4, (0, 1)), fetch(2, 5, (1, 4))], room=20)
     begun = state.begin(parallel=1)
     state.arrived(begun[0])
-    leave(state, 0, 1)
+    state.advance(2)
     assert state.shrink(20, lambda shard: None) == []
     assert state.present() == {0: False} and state.used_bytes == 10
 
@@ -244,7 +235,6 @@ class Node:
             windows=np.arange(count) // window_shards,
             room=self.room,
             present=present,
-            readers=readers,
             start=start,
         )
         self.todo = [list(range(start, self.stop)) for _ in range(readers)]
@@ -290,7 +280,8 @@ class Node:
 
     def release(self, reader: int, step: int) -> None:
         self.reading.remove((reader, step))
-        self.state.release(reader, step)
+        due = [step for steps in self.todo for step in steps] + [held for _, held in self.reading]
+        self.state.advance(min(due, default=self.stop))
 
     def turn(self) -> None:
         """One thing happens of all that could."""

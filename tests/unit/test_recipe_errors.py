@@ -366,6 +366,10 @@ SITE_MISTAKES = [
         "FILE:3: tiers[1].name: 'a' is given twice; each tier needs a name of its own",
     ),
     (
+        "tiers:\n- {name: a, path: /a}\n- {name: b, path: /b, run_cache: 5 GB}",
+        "FILE:3: tiers[1].run_cache: given '5 GB'; only the first tier keeps copied shards for runs",
+    ),
+    (
         "tiers:\n- {name: a, path: /a}\n- {name: b, path: /a/b}",
         "FILE:3: tiers[1].path: '/a/b' and tiers[0].path lie within one another",
     ),

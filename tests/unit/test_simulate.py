@@ -80,9 +80,7 @@ def ticking(work: Workload, cache_bytes: int, source: Source, pace: Pace, tick_s
     """``simulate``'s two waits for one file at a time, on a clock that ticks: the slow and obvious way."""
     room = work.divide(cache_bytes)
     schedule = Schedule(work.needs, work.num_bytes, capacity=room.planned, start=0, stop=work.stop, present={})
-    state = Prefetch(
-        schedule, work.num_bytes, windows=work.windows, room=room.unpinned, present={}, readers=1, start=0
-    )  # fmt: skip
+    state = Prefetch(schedule, work.num_bytes, windows=work.windows, room=room.unpinned, present={}, start=0)
     running: Fetch | None = None
     left = now = computes_until = 0.0
     packed: list[int] = []
@@ -95,8 +93,8 @@ def ticking(work: Workload, cache_bytes: int, source: Source, pace: Pace, tick_s
         room_ahead = is_free and not packed if not pace.ahead_steps else to_read < len(begins) + pace.ahead_steps
         if to_read < work.stop and room_ahead and state.is_ready(to_read):
             packed.append(to_read)
-            state.release(0, to_read)
             to_read += 1
+            state.advance(to_read)
             continue
         if is_free and packed:
             packed.pop(0)

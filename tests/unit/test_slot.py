@@ -172,10 +172,22 @@ def test_a_disk_that_is_not_there_is_not_written_to(tmp_path: Path) -> None:
         take(place(tmp_path / "mnt/outgrow"))
     assert not (tmp_path / "mnt").exists()
     (tmp_path / "mnt").mkdir()
+    with pytest.raises(SiteError, match=r"(?s)tier 'nvme' is not there: .*/mnt is empty.*or make the folder .*/mnt/outgrow"):
+        take(place(tmp_path / "mnt/outgrow"))
+    assert not list((tmp_path / "mnt").iterdir())
+    write(tmp_path, "mnt/lost+found", 1)
     take(place(tmp_path / "mnt/outgrow")).close()
     write(tmp_path, "file", 1)
     with pytest.raises(SiteError, match="tier 'nvme' cannot be used: File exists"):
         take(place(tmp_path / "file"))
+
+
+def test_a_tier_whose_lock_cannot_be_opened_is_refused_in_words(tmp_path: Path) -> None:
+    """As where another user made it; root may open that."""
+    (tmp_path / "shards/.lock").mkdir(parents=True)
+    for use in (take, slots):
+        with pytest.raises(SiteError, match=r"(?s)shards: slots cannot be taken or looked at here: .*each user needs a folder"):
+            use(place(tmp_path))
 
 
 # --- what lies in it --------------------------------------------------------------------------------------------------

@@ -62,6 +62,27 @@ def test_names_and_sizes_list_one_level(storage: Storage) -> None:
     assert storage.sizes("absent") == {}
 
 
+def test_a_folder_is_listed_while_files_come_and_go(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("d/stays", b"1")
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            for number in range(20):
+                (tmp_path / "d" / str(number)).touch()
+            for number in range(20):
+                (tmp_path / "d" / str(number)).unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(come_and_go)
+        for _ in range(300):
+            assert "stays" in storage.names("d")
+            assert storage.sizes("d")["stays"] == 1
+        stop.set()
+        coming.result()
+
+
 def test_a_folder_moves_with_all_below_it(storage: Storage) -> None:
     storage.write(".aside/one", b"1")
     storage.write(".aside/sub/two", b"2")

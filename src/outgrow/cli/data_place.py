@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +61,8 @@ def place(
     from outgrow.streaming.tiers.places import open_places
     from outgrow.streaming.tiers.stock import Shelves
 
-    _check_options(keys, apply=apply, to=to, remove=remove, from_=from_, every=every)
+    beside = {"KEY": keys, "--apply": apply, "--to": to, "--limit": limit, "--every": every, "--verify": verify}
+    _check_options(beside | {"--json": as_json}, remove=remove, from_=from_)
     opened = open_site(site)
     asked = _Asked(keys=tuple(keys or ()), to=to, limit_bytes_per_s=_rate(limit), apply=apply, verify=verify, as_json=as_json)
     shelves = Shelves(opened, open_places(opened), checkpoint_contents)
@@ -98,17 +99,19 @@ class _Asked:
     as_json: bool
 
 
-def _check_options(
-    keys: Sequence[str] | None, *, apply: bool, to: str | None, remove: str | None, from_: str | None, every: float | None
-) -> None:
+def _check_options(given: Mapping[str, object], *, remove: str | None, from_: str | None) -> None:
+    """Raises ``DataError`` where options do not go together; ``given`` are those beside --remove and --from, by name."""
     from outgrow.errors import DataError
 
-    if to is not None and not keys:
+    if given["--to"] and not given["KEY"]:
         raise DataError("--to TIER needs the folders to copy there", hint="outgrow data place KEY... --to TIER")
-    if (remove is None) != (from_ is None) or (remove is not None and (keys or apply or to or every)):
-        raise DataError("given --remove or --from in another form", hint="outgrow data place --remove KEY --from TIER")
-    if every is not None and not apply:
+    if given["--every"] and not given["--apply"]:
         raise DataError("--every copies again and again", hint="outgrow data place --apply --every MINUTES")
+    if (remove is None) != (from_ is None):
+        raise DataError("--remove and --from go together", hint="outgrow data place --remove KEY --from TIER")
+    beside = ", ".join(name for name, value in given.items() if value)
+    if remove is not None and beside:
+        raise DataError(f"--remove does not go with {beside}", hint="outgrow data place --remove KEY --from TIER")
 
 
 def _rate(limit: str | None) -> float | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outgrow.cli.opening import SiteOption, open_site
+from outgrow.cli.table import print_table
 
 if TYPE_CHECKING:
     from outgrow.cluster.runs import RunStatus
@@ -29,7 +28,7 @@ def list_(site: SiteOption = None) -> None:
     storage = open_site(site).open_storage()
     rows = [_row(status(storage, run)) for run in stored_runs(storage)]
     if rows:
-        _print_table(_COLUMNS, rows)
+        print_table(_COLUMNS, rows)
     else:
         typer.echo(f"no runs in {storage.root_url}")
 
@@ -100,19 +99,3 @@ def _checkpoint(ref: CheckpointRef) -> str:
     from outgrow.cluster.plan import size
 
     return f"step {ref.step:,}  {size(ref.bytes)}  {ref.folder}"
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with rules on a terminal, aligned columns elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*columns)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
