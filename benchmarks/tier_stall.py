@@ -7,9 +7,10 @@ The cache on the fast tier holds a quarter of the data; a step takes so long tha
 gives. A rank with one loader worker reads the steps of three epochs and sleeps in place of computing. Documents carry metadata,
 so that a shard has some 60 bytes a token: two CPU cores could not pack the tokens of a bare store at the rate of a disk.
 
-In place: the same steps with the data on the fast disk; what is left of the waiting then is the loader's own. Without: a shard is fetched when a row asks for it, and the one asked for longest ago makes room
-(``on_demand``): when the run asks for the step, or with as many steps read ahead as by loader workers. Waiting counts from the
-second step on; the first waits for the process to start and for the first shards, and is told apart.
+In place: the same steps with the data on the fast disk; what is left of the waiting is the loader's own. On demand: a shard
+is fetched when a row asks for it, and the one asked for longest ago makes room (``on_demand``): when the run asks for the step,
+or with as many steps read ahead as by loader workers. Waiting counts from the second step on; the first waits for the process
+to start and for the first shards, and is told apart.
 """
 
 from __future__ import annotations

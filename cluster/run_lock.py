@@ -26,6 +26,7 @@ import psutil
 
 from outgrow.contracts import Record
 from outgrow.errors import RunError
+from outgrow.retry import Unreachable
 from outgrow.storage import Storage
 
 FOLDER = "lock"
@@ -88,7 +89,8 @@ def hold(storage: Storage, run_folder: str) -> Iterator[Owner | None]:
         heart.stop()
         if heart.lost:
             raise RunError(f"the run was taken over by {heart.lost}, for this process did not renew its lock", where=run_folder)
-        with contextlib.suppress(OSError):  # a full disk: the lock ends with this process instead
+        # A full disk, a bucket that is away: the lock ends with this process instead.
+        with contextlib.suppress(OSError, Unreachable):
             storage.write(key, _to_bytes(replace(mine, released=True)))
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "streaming": {"errors", "contracts", "retry", "storage", "torchvision", "recipes"},
     "monitoring": {"errors", "contracts", "storage", "recipes"},
     "trainers": {"errors", "contracts", "storage", "torchvision", "recipes", "streaming", "monitoring"},
-    "cluster": {"errors", "contracts", "storage", "recipes", "monitoring"},
+    "cluster": {"errors", "contracts", "retry", "storage", "recipes", "monitoring"},
 }
 HEAVY = ("torch", "ray", "transformers", "streaming", "numpy", "tokenizers", "pandas", "pyarrow")
 

@@ -188,7 +188,7 @@ def _source(hot: Place, holder: Place, given: Assumptions) -> Source:
         )
     return Source(
         name=holder.name,
-        bytes_per_s=min(speed, tier.limit_bytes_per_s or speed),
+        bytes_per_s=min(speed, tier.limit_bytes_per_s or speed, hot.tier.limit_bytes_per_s or speed),
         latency_s=given.latency_s.get(holder.name, latency_s),
         parallel=tier.num_parallel,
     )

@@ -30,6 +30,7 @@ from outgrow.streaming.tiers.gate import Reads
 from outgrow.streaming.tiers.messages import Channel, from_error
 from outgrow.streaming.tiers.needs import Needs
 from outgrow.streaming.tiers.places import open_places
+from outgrow.streaming.tiers.rate import RateLimit
 from outgrow.streaming.tiers.rendezvous import Seat
 from outgrow.streaming.tiers.room import Room, number_windows, validation_shards
 from outgrow.streaming.tiers.shard_list import ShardList
@@ -258,7 +259,9 @@ def _open_supply(told: Assignment) -> tuple[Slot, Supply]:
         patience_s=_PATIENCE_S,
     )
     counts = read_counts(slot.folder) or ShardCounts()
-    fetcher = Fetcher(holders, told.card.store, traffic=Traffic(counts.tiers))
+    limit = hot.tier.limit_bytes_per_s
+    limiter = RateLimit(limit) if limit else None
+    fetcher = Fetcher(holders, told.card.store, traffic=Traffic(counts.tiers), limiter=limiter)
     supply = Supply(
         Needs(indexes, told.plan.mix, told.plan.seed, shards),
         Copies(shards, slot, fetcher, holders, told.card.store),
