@@ -32,6 +32,8 @@ from outgrow.streaming.tiers.tallies import Tallies
 _JOIN_S = 30.0
 """How long nothing is given up for ranks that have yet to join; one that joins later waits for what is gone to come again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOTES_BYTES = 64 * 1024
+"""What shards leave free of a disk that was full once: the counts are written there too, and files take whole blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +358,7 @@ class Supply:
         if isinstance(error, OSError) and error.errno in _FULL:
             prefetch.failed(fetch)
             size = int(self._copies.shards.num_bytes[job.shard])
-            left = self._used_bytes - size + self._copies.free_bytes - self._reserve_bytes
+            left = self._used_bytes - size + self._copies.free_bytes - self._reserve_bytes - _NOTES_BYTES
             self._shrink(min(left, self._room.total - size))
         else:
             if error is not None and (self._lost is None or fetch.step < self._lost[0]):
