@@ -4,8 +4,9 @@
 
 The slow tier is a folder that is read at 150 MB/s (``limit`` of the tier), or a real S3 server behind a line of 100 Mbit/s.
 The cache on the fast tier holds a quarter of the data; a step takes so long that the run reads 80% of what the slow tier
-gives. A rank with one loader worker reads the steps of three epochs and sleeps in place of computing. Documents carry metadata,
-so that a shard has some 60 bytes a token: two CPU cores could not pack the tokens of a bare store at the rate of a disk.
+gives (``--load``; above 1 the tier cannot keep up, and the forecast has something to tell). A rank with one loader worker reads
+the steps of three epochs and sleeps in place of computing. Documents carry metadata, so that a shard has some 60 bytes a
+token: two CPU cores could not pack the tokens of a bare store at the rate of a disk.
 
 In place: the same steps with the data on the fast disk; what is left of the waiting is the loader's own. On demand: a shard
 is fetched when a row asks for it, and the one asked for longest ago makes room (``on_demand``): when the run asks for the step,
@@ -51,7 +52,6 @@ from outgrow.streaming.tiers.simulate import Forecast  # noqa: E402
 
 LENGTH = 2048
 EPOCHS = 3
-LOAD = 0.8
 CACHE = 0.25
 WINDOW_SHARDS = 4
 META_BYTES = 40_000
@@ -192,14 +192,14 @@ def forecast(job: JobSpec, step_s: float) -> Forecast:
     return look_ahead(Recipe.model_validate(job.recipe), Site.model_validate(job.site), job.card, given).prefetched
 
 
-def measure(line: Line, root: Path) -> Iterator[str]:
+def measure(line: Line, load: float, root: Path) -> Iterator[str]:
     dataset = make(root / "slow", line)
     size, num_shards = shard_bytes(dataset), len(list(dataset.store.rglob("*.mds")))
     with sites(dataset, line, root) as site:
         job = job_of(dataset, line, site)
         count = Mix.of(dataset.recipe(rows=line.rows), dataset.card).steps_per_epoch * EPOCHS
-        step_s = size * EPOCHS / count / (LOAD * line.bytes_per_s)
-        yield f"\n## {line.name}: {line.bytes_per_s / 1e6:.1f} MB/s\n"
+        step_s = size * EPOCHS / count / (load * line.bytes_per_s)
+        yield f"\n## {line.name}: {line.bytes_per_s / 1e6:.1f} MB/s, of which the run reads {load:.0%}\n"
         yield f"{size / 1e6:.0f} MB in {num_shards} shards, {count} steps of {step_s * 1e3:.1f} ms.\n"
         yield "| | waited, share of the steps' time | first step | shards fetched | hits |"
         yield "|---|---|---|---|---|"
@@ -221,11 +221,12 @@ def measure(line: Line, root: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--line", action="append", choices=sorted(LINES))
+    parser.add_argument("--load", type=float, default=0.8, help="bytes that the steps read of those that the slow tier gives")
     given = parser.parse_args()
     print(f"{platform.machine()}, {platform.system()} {platform.release()}, Python {platform.python_version()}")
     for name in given.line or sorted(LINES):
         with tempfile.TemporaryDirectory() as folder:
-            for text in measure(LINES[name], Path(folder)):
+            for text in measure(LINES[name], given.load, Path(folder)):
                 print(text, flush=True)
 
 

@@ -15,6 +15,7 @@ import typer
 from outgrow.cli.data_place import place
 from outgrow.cli.data_simulate import simulate
 from outgrow.cli.opening import (
+    INTERRUPTED,
     Opened,
     OverridesArgument,
     RecipeArgument,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Build datasets and look into them.")
 
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended, as shells have it."""
 _LINE_EVERY_S = 10.0
 """Seconds between lines of progress where there is no terminal."""
 _STAGES = {"waiting": "waiting for another process that builds the same dataset", "selection": "choice of documents"}

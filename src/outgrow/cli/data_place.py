@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outgrow.cli.opening import SiteOption, open_site
+from outgrow.cli.opening import INTERRUPTED, SiteOption, open_site
 from outgrow.cli.table import print_table
 
 if TYPE_CHECKING:
@@ -79,8 +79,6 @@ def place(
             time.sleep(every * 60)
             needs_attention = _round(opened, shelves, placer, progress, asked)
     except KeyboardInterrupt:
-        from outgrow.cli.data import INTERRUPTED
-
         typer.echo("\nstopped; the same command goes on with what is finished", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if needs_attention:

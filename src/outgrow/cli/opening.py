@@ -31,6 +31,9 @@ AcceptOption: TypeAlias = Annotated[
     bool, typer.Option("--accept", help="Resume although keys have changed that alter the rest of the run.")
 ]
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from outgrow.cli.opening import (
+    INTERRUPTED,
     AcceptOption,
     FreshOption,
     Opened,
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from outgrow.cluster.ray_cluster import RayCluster
     from outgrow.cluster.runs import Claim
     from outgrow.contracts import DatasetCard, JobSpec, Plan, RunRef, RunResult
-
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended, as shells have it."""
 
 
 def train(
