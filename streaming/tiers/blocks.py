@@ -14,6 +14,7 @@ from typing import Protocol
 from outgrow import retry
 from outgrow.errors import DataError
 from outgrow.storage import BLOCK_BYTES
+from outgrow.streaming.manifest import is_inside
 from outgrow.streaming.tiers.places import Place
 
 BLOCK_S = 20.0
@@ -35,8 +36,7 @@ class Blocks(Protocol):
 
 def check_name(name: str) -> None:
     """Raises ``DataError`` for a file name that could lead out of its store."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+    if not is_inside(name):
         raise DataError(f"given the file name {name!r}; allowed: a path below the store, with / and without ..")
 
 
