@@ -201,21 +201,21 @@ def measure(line: Line, load: float, root: Path) -> Iterator[str]:
         step_s = size * EPOCHS / count / (load * line.bytes_per_s)
         yield f"\n## {line.name}: {line.bytes_per_s / 1e6:.1f} MB/s, of which the run reads {load:.0%}\n"
         yield f"{size / 1e6:.0f} MB in {num_shards} shards, {count} steps of {step_s * 1e3:.1f} ms.\n"
-        yield "| | waited, share of the steps' time | first step | shards fetched | hits |"
-        yield "|---|---|---|---|---|"
+        yield "| | waited, share of the steps' time | first step | shards fetched | hits | the reader waited for shards |"
+        yield "|---|---|---|---|---|---|"
         expected = forecast(job, step_s)
         real = with_prefetcher(job, line, step_s, count)
         assert real.counts is not None
-        found = f"{real.counts.fetches} | {real.counts.hits} of {real.counts.visits}"
+        found = f"{real.counts.fetches} | {real.counts.hits} of {real.counts.visits} | {real.counts.wait_s:.2f} s"
         yield f"| with the prefetcher | {real.share:.2%} | {real.first_s:.2f} s | {found} |"
         share = expected.stall_s / (step_s * (count - 1))
-        found = f"{expected.fetches} | {expected.hits} of {expected.visits}"
+        found = f"{expected.fetches} | {expected.hits} of {expected.visits} | {expected.start_s + expected.stall_s:.2f} s"
         yield f"| its forecast | {share:.2%} | {expected.start_s:.2f} s | {found} |"
         local = with_prefetcher(replace(job, site=in_place(dataset, root)), line, step_s, count)
-        yield f"| in place | {local.share:.2%} | {local.first_s:.2f} s | | |"
+        yield f"| in place | {local.share:.2%} | {local.first_s:.2f} s | | | |"
         for ahead, words in ((True, "on demand, read ahead"), (False, "on demand")):
             waited = without(job, line, step_s, count, ahead=ahead)
-            yield f"| {words} | {waited.share:.2%} | {waited.first_s:.2f} s | | |"
+            yield f"| {words} | {waited.share:.2%} | {waited.first_s:.2f} s | | | |"
 
 
 def main() -> None:

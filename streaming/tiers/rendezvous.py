@@ -7,13 +7,13 @@ are short by law (107 bytes), folders of users are not: both sides reach the soc
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import os
 import socket
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +29,6 @@ _LOCK = "lock"
 _SOCKET = "sock"
 _BACKLOG = 1024
 _START = "from outgrow.streaming.tiers.prefetcher import serve; serve({folder!r}, {lock}, {listener}, {assignment})"
-
-_started: list[subprocess.Popen[bytes]] = []
-"""Prefetchers that this process started. They outlive whoever asked for them, and are reaped once they have ended."""
-
-
-@atexit.register
-def _reap() -> None:
-    _started[:] = [process for process in _started if process.poll() is None]
 
 
 def gate_folder(hot: Place, run: RunRef) -> Path:
@@ -84,7 +76,6 @@ def take_seat(folder: Path) -> Seat | None:
 
 def start_prefetcher(seat: Seat, assignment: bytes) -> None:
     """Start the prefetcher and hand it the seat. ``assignment`` holds secrets: it goes through a pipe, and nowhere else."""
-    _reap()
     theirs, ours = os.pipe()
     fds = {"lock": seat.lock, "listener": seat.listener.fileno(), "assignment": theirs}
     code = _START.format(folder=str(seat.folder), **fds)
@@ -96,7 +87,8 @@ def start_prefetcher(seat: Seat, assignment: bytes) -> None:
             os.close(theirs)
             os.close(seat.lock)
             seat.listener.close()
-        _started.append(process)
+        # It outlives whoever asked for it, and is reaped as soon as it has ended, whatever this process does then.
+        threading.Thread(target=process.wait, name="outgrow-reap", daemon=True).start()
         pipe.write(assignment)
 
 

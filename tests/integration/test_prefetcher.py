@@ -432,3 +432,17 @@ def test_a_reserve_that_others_use_up_is_restored(large: Dataset, tmp_path: Path
                 time.sleep(0.05)
             found += [digest(rows) for rows in steps]
         assert found == in_place
+
+
+def test_a_prefetcher_that_has_ended_is_reaped_by_whoever_started_it(dataset: Dataset, tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process().children()}
+    job = tiered(dataset, tmp_path)
+    with closing(build_loader(job, layout(1), 0, start_step=0, stop_step=2)) as loader:
+        next(iter(loader))
+        started = {child.pid for child in psutil.Process().children()} - before
+        assert started, "the prefetcher is a child of the one that started it"
+    wait_until_gone(tmp_path)
+    deadline = time.monotonic() + 5
+    while started & {child.pid for child in psutil.Process().children()}:  # a zombie is a child still
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
