@@ -24,6 +24,11 @@ Options = Annotated[dict[str, Annotated[Value, Mark.SECRET]], AfterValidator(_hi
 """Options by name; a text whose name sounds like a secret is one."""
 
 
+def without_credentials(url: str) -> str:
+    """A path or URL for people: a user and password before its host do not show."""
+    return re.sub("://[^/@]+@", "://***@", url)
+
+
 def in_clear(options: Mapping[str, Value]) -> dict[str, Any]:
     """The options as fsspec takes them, secrets IN CLEAR; never print or write them."""
     return {k: v.get_secret_value() if isinstance(v, SecretStr) else v for k, v in options.items()}

@@ -269,6 +269,10 @@ def test_site_init_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert shown.startswith(f"# {users}\nschema: 1\n")
     assert "secret: '**********'" in shown
     assert "hunter2" not in shown
+    users.write_text("tiers:\n- {name: nvme, path: /nvme}\n- {name: far, path: 'sftp://me:hunter2@host/x'}\n")
+    shown = run.invoke(app, ["show"]).output
+    assert "path: sftp://***@host/x" in shown
+    assert "hunter2" not in shown
     assert run.invoke(app, ["init", "--force"]).exit_code == 0
     assert "THE_KEY" not in users.read_text()
     assert os.listdir(users.parent) == ["site.yaml"]

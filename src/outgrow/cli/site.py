@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -42,10 +41,13 @@ def show(site: SiteOption = None) -> None:
     """Show the site in use, with its secrets masked."""
     import yaml
 
+    from outgrow.recipes.schema.options import without_credentials
     from outgrow.recipes.site_loading import find_site, load_site
 
     path = find_site(site, Path.cwd())
     typer.echo(f"# {path or 'built-in defaults; outgrow site init writes a file'}")
     data = load_site(path).model_dump(mode="json", by_alias=True)
-    data["storage"] = re.sub("://[^/@]+@", "://***@", data["storage"])
+    data["storage"] = without_credentials(data["storage"])
+    for tier in data["tiers"]:
+        tier["path"] = without_credentials(tier["path"])
     typer.echo(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), nl=False)

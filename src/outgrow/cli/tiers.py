@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -71,13 +70,14 @@ def _measured(states: Sequence[PlaceState]) -> dict[str, float]:
 
 
 def _place_row(state: PlaceState, measured: Mapping[str, float], errors: Mapping[str, int]) -> tuple[str, ...]:
+    from outgrow.recipes.schema.options import without_credentials
     from outgrow.streaming.tiers.slot_room import shown
 
     place, tier = state.place, state.place.tier
     known = [(tier.bytes_per_s, "given"), (measured.get(place.name), "measured")]
     return (
         place.name,
-        re.sub("://[^/@]+@", "://***@", tier.path),
+        without_credentials(tier.path),
         "disk" if place.is_local else "bucket",
         "-" if tier.capacity_bytes is None else shown(tier.capacity_bytes),
         shown(state.placed_bytes),
