@@ -19,7 +19,7 @@ from outgrow.contracts import Record
 from outgrow.errors import DataError
 from outgrow.recipes.schema.site import Site
 from outgrow.recipes.schema.tiers import Tier
-from outgrow.storage import fingerprint
+from outgrow.storage import Storage, fingerprint
 
 Kind: TypeAlias = Literal["datasets", "weights", "quantised", "checkpoints"]
 """What can lie on several tiers; the keys of ``place:`` in a site."""
@@ -108,6 +108,24 @@ def parse_record(data: bytes, key: str) -> Placed | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     return record if record.key == key else None
+
+
+def read_record(storage: Storage, at: str, key: str) -> Placed | None:
+    """The record of a copy of ``key`` that lies at ``at``; None where there is none."""
+    try:
+        return parse_record(storage.read(at), key)
+    except FileNotFoundError:
+        return None
+
+
+def read_records(storage: Storage, folder: str) -> Iterator[Placed]:
+    """Every record in a place's folder ``PLACED`` or ``PLACING``; what is none is passed over."""
+    for name in storage.names(folder):
+        key = name.removesuffix(".json").replace("+", "/")
+        if name.endswith(".json") and all(map(is_name, key.split("/"))):
+            record = read_record(storage, f"{folder}/{name}", key)
+            if record is not None:
+                yield record
 
 
 def weight_files(folder: Path) -> WeightFiles:

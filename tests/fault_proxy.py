@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal, Self
@@ -327,10 +327,17 @@ def _reset(connection: socket.socket) -> None:
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """URL of an S3 server (moto) that runs in a process of its own; it takes any credentials."""
+    with serving(lambda port: ["moto.server", "-H", "127.0.0.1", "-p", str(port)]) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(words_of: Callable[[int], list[str]]) -> Iterator[str]:
+    """URL of a Python module that serves a port of loopback in a process of its own; ``words_of`` gives name and arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    words = [sys.executable, "-m", *words_of(port)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -339,7 +346,7 @@ def s3_server() -> Iterator[str]:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break
             except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "moto does not start"
+                assert process.poll() is None and time.monotonic() < deadline, f"{words[2]} does not start"
                 time.sleep(0.05)
         yield f"http://127.0.0.1:{port}"
     finally:

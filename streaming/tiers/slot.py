@@ -21,7 +21,7 @@ from typing import Self
 
 from outgrow.contracts import ShardCounts
 from outgrow.errors import DataError, SiteError
-from outgrow.recipes.placed import PLACED, parse_record
+from outgrow.recipes.placed import PLACED, read_records
 from outgrow.storage import nearest_folder
 from outgrow.streaming.manifest import MARKER, is_inside
 from outgrow.streaming.tiers import slot_files
@@ -189,13 +189,7 @@ def tier_space(hot: Place, others: Sequence[SlotState], *, own_bytes: int) -> Sp
 
 def placed_bytes(place: Place) -> int:
     """Bytes of the whole copies that were placed on a tier."""
-    total = 0
-    for name in place.storage.names(PLACED):
-        flat, _, extension = name.rpartition(".")
-        with suppress(FileNotFoundError):  # a copy is being taken away
-            if extension == "json" and (record := parse_record(place.storage.read(f"{PLACED}/{name}"), flat.replace("+", "/"))):
-                total += record.bytes
-    return total
+    return sum(record.bytes for record in read_records(place.storage, PLACED))
 
 
 def read_counts(folder: Path) -> ShardCounts | None:

@@ -23,7 +23,8 @@ from outgrow.recipes.placed import (
     flat,
     is_name,
     is_weights,
-    parse_record,
+    read_record,
+    read_records,
     record_key,
 )
 from outgrow.recipes.schema.site import Site
@@ -181,19 +182,19 @@ class Shelves:
 
     def record(self, place: Place, key: str) -> Placed | None:
         """The record of the copy of ``key`` in a place; None where outgrow made none there."""
-        return _read_record(place.storage, record_key(key), key)
+        return read_record(place.storage, record_key(key), key)
 
     def claim(self, place: Place, key: str) -> Placed | None:
         """What was said of the copy of ``key`` when it was begun; None where none is under way."""
-        return _read_record(place.storage, claim_key(key), key)
+        return read_record(place.storage, claim_key(key), key)
 
     def claims(self, place: Place) -> Iterator[Placed]:
         """The copies that were begun in a place and not finished."""
-        return _records(place.storage, PLACING)
+        return read_records(place.storage, PLACING)
 
     def records(self, place: Place) -> Iterator[Placed]:
         """The copies that outgrow finished in a place, whether or not they still lie there."""
-        return _records(place.storage, PLACED)
+        return read_records(place.storage, PLACED)
 
     def _keys(self, place: Place, notes: list[str]) -> Iterator[tuple[Kind, str]]:
         """Kind and key of whatever may be a kept folder of a place."""
@@ -312,22 +313,6 @@ def _names(place: Place, key: str, notes: list[str]) -> Iterator[str]:
             yield name
         elif not name.startswith(".") or name in (".", ".."):
             notes.append(f"{place.name}: refused: {ascii(f'{key}/{name}')} is no name of a kept folder")
-
-
-def _read_record(storage: Storage, at: str, key: str) -> Placed | None:
-    try:
-        return parse_record(storage.read(at), key)
-    except FileNotFoundError:
-        return None
-
-
-def _records(storage: Storage, folder: str) -> Iterator[Placed]:
-    for name in storage.names(folder):
-        key = name.removesuffix(".json").replace("+", "/")
-        if name.endswith(".json") and all(map(is_name, key.split("/"))):
-            record = _read_record(storage, f"{folder}/{name}", key)
-            if record is not None:
-                yield record
 
 
 def _is_of(storage: Storage, key: str, record: Placed) -> bool:

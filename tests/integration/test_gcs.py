@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy
+from fault_proxy import FaultProxy, serving
 
 from outgrow.recipes.schema.tiers import Tier
 from outgrow.retry import Unreachable
@@ -33,26 +30,9 @@ def server() -> Iterator[str]:
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gcp_storage_emulator", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, "the emulator does not start"
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
+    words = ["gcp_storage_emulator", "start", "--host=127.0.0.1", "--in-memory", "--default-bucket=bucket"]
+    with serving(lambda port: [*words, f"--port={port}"]) as url:
+        yield url
 
 
 @pytest.fixture

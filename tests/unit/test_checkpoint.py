@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -102,17 +101,6 @@ def assert_bit_equal(actual: Tensors, expected: Tensors) -> None:
     for name, tensor in expected.items():
         got = actual[name].contiguous().flatten().view(torch.uint8)
         assert torch.equal(got, tensor.contiguous().flatten().view(torch.uint8)), name
-
-
-@contextmanager
-def files_limited_to(num_bytes: int) -> Iterator[None]:
-    """Writes past this size fail with OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
