@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart test test-tiers lint doctor system-deps docs benchmarks clean
+.PHONY: quickstart test test-tiers test-monitoring lint doctor system-deps docs benchmarks clean
 .DEFAULT_GOAL := quickstart
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ test: $(READY)
 test-tiers: $(READY)
 	$(BIN)/python -m pytest tests -m tiers
 
+# A run watched by a real Prometheus and Alertmanager from start to end, and the report in a real browser.
+test-monitoring: $(READY)
+	$(BIN)/python -m pytest tests -m monitoring
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,7 +44,7 @@ doctor:
 
 system-deps:
 	apt-get update
-	apt-get install --yes --no-install-recommends g++ ninja-build iproute2 util-linux
+	apt-get install --yes --no-install-recommends g++ ninja-build iproute2 util-linux prometheus prometheus-alertmanager chromium
 
 benchmarks: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeAlias, cast
 
-from outgrow.contracts import JobSpec, RunResult, StepRecord, TrainWorker, WorkerResult
+from outgrow.contracts import JobSpec, RestartCause, RunResult, StepRecord, TrainWorker, WorkerResult
 from outgrow.errors import OutgrowError, RestartError, TrainingError
 
 OnRecord: TypeAlias = Callable[[StepRecord], None]
@@ -46,6 +46,7 @@ class LocalContext:
     rank: int
     world: int
     attempt: str
+    cause: RestartCause
     on_record: OnRecord = field(repr=False)
     node_rank: int = 0
 
@@ -80,21 +81,23 @@ def run_local(job: JobSpec, train_worker: TrainWorker | str, *, on_record: OnRec
     restarts, before = 0, ""
     while True:
         try:
-            return RunResult(run=job.run, worker=_run_group(job, train_worker, on_record), restarts=restarts)
+            worker = _run_group(job, train_worker, on_record, "asked" if restarts else "")
+            return RunResult(run=job.run, worker=worker, restarts=restarts)
         except RestartError as error:
             if str(error) == before:
                 raise  # what it has dealt with is still there
             restarts, before = restarts + 1, str(error)
 
 
-def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecord) -> WorkerResult:
+def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecord, cause: RestartCause) -> WorkerResult:
     """One start of all ranks, from the newest checkpoint to the end."""
     attempt = secrets.token_hex(4)
     if job.workers == 1:
-        return _resolve(train_worker)(job, LocalContext(rank=0, world=1, attempt=attempt, on_record=on_record))
+        context = LocalContext(rank=0, world=1, attempt=attempt, cause=cause, on_record=on_record)
+        return _resolve(train_worker)(job, context)
     name = train_worker if isinstance(train_worker, str) else _name_of(train_worker)
     with socket.create_server((_LOOPBACK, 0)) as listener, contextlib.ExitStack() as started:
-        ranks = [_start(job, name, rank, attempt, listener, started) for rank in range(job.workers)]
+        ranks = [_start(job, name, rank, attempt, cause, listener, started) for rank in range(job.workers)]
         worker = _follow(ranks, on_record)
         for rank in ranks:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -128,6 +131,7 @@ class _Task:
     train_worker: str
     rank: int
     attempt: str
+    cause: RestartCause
     port: int
     listener: int
 
@@ -167,10 +171,18 @@ class _Rank:
 
 
 def _start(
-    job: JobSpec, train_worker: str, rank: int, attempt: str, listener: socket.socket, started: contextlib.ExitStack
+    job: JobSpec,
+    train_worker: str,
+    rank: int,
+    attempt: str,
+    cause: RestartCause,
+    listener: socket.socket,
+    started: contextlib.ExitStack,
 ) -> _Rank:
     port = listener.getsockname()[1]
-    task = _Task(job=job, train_worker=train_worker, rank=rank, attempt=attempt, port=port, listener=listener.fileno())
+    task = _Task(
+        job=job, train_worker=train_worker, rank=rank, attempt=attempt, cause=cause, port=port, listener=listener.fileno()
+    )
     ours, theirs = Pipe()
     with theirs:
         # The driver's own search path, so that the rank imports the very modules that the driver did.
@@ -288,7 +300,9 @@ def _train(task: _Task, outbox: _Outbox) -> WorkerResult:
     import torch.distributed as dist
 
     _join_group(task)
-    context = LocalContext(rank=task.rank, world=task.job.workers, attempt=task.attempt, on_record=outbox.record)
+    context = LocalContext(
+        rank=task.rank, world=task.job.workers, attempt=task.attempt, cause=task.cause, on_record=outbox.record
+    )
     result = _resolve(task.train_worker)(task.job, context)
     context.barrier()  # rank 0 serves the rendezvous until every rank is done
     dist.destroy_process_group()

@@ -66,7 +66,9 @@ class FinalErrors(UserCallback):
         if error := final_error(worker_exceptions, lost, self._before):
             raise error
         self._before = describe_failure(worker_exceptions, lost)
-        if is_asked_for(worker_exceptions, lost):
+        asked = is_asked_for(worker_exceptions, lost)
+        self._progress.fail.remote("rank_lost" if lost else "asked" if asked else "error")
+        if asked:
             self._progress.say.remote("restart", self._before)
             return
         self._failures += 1

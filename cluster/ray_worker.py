@@ -9,15 +9,18 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import outgrow
 from outgrow.cluster.restarts import RankError
-from outgrow.contracts import JobSpec, JsonDict, StepRecord, TrainWorker
+from outgrow.contracts import JobSpec, JsonDict, RestartCause, StepRecord, TrainWorker
 from outgrow.errors import ClusterError, OutgrowError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+
+_ASK_S = 10.0
 
 
 class Progress:
@@ -25,9 +28,18 @@ class Progress:
 
     def __init__(self) -> None:
         self._said: list[tuple[str, Any]] = []
+        self._cause: RestartCause = ""
 
     def say(self, kind: str, value: Any) -> None:
         self._said.append((kind, value))
+
+    def fail(self, cause: RestartCause) -> None:
+        """The worker group has come to an end, and will be started again."""
+        self._cause = cause
+
+    def cause(self) -> RestartCause:
+        """Why the worker group was started again; empty at its first start."""
+        return self._cause
 
     def take(self) -> list[tuple[str, Any]]:
         said, self._said = self._said, []
@@ -44,6 +56,7 @@ class RayContext:
     local_world: int
     node_rank: int
     attempt: str
+    cause: RestartCause
     progress: ActorHandle[Progress] = field(repr=False)
 
     def barrier(self) -> None:
@@ -89,8 +102,19 @@ def _context(progress: ActorHandle[Progress]) -> RayContext:
         local_world=here.get_local_world_size(),
         node_rank=here.get_node_rank(),
         attempt=broadcast_from_rank_zero(secrets.token_hex(4)),
+        cause=_cause(progress),
         progress=progress,
     )
+
+
+def _cause(progress: ActorHandle[Progress]) -> RestartCause:
+    """Why this start of the group came to be; ``error`` where the driver's actor cannot be asked any more."""
+    import ray
+
+    try:
+        return cast(RestartCause, ray.get(progress.cause.remote(), timeout=_ASK_S))
+    except ray.exceptions.RayError:
+        return "error"
 
 
 def _check_versions(context: RayContext) -> None:

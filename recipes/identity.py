@@ -51,6 +51,7 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "validation": ("extend", "the run is measured more or less often"),
     "checkpoint": ("extend", "the run is saved more or less often"),
     "logging": ("extend", "the run is shown more or less often"),
+    "profile": ("extend", "the same steps, some of them looked at"),
     "parallel": ("extend", "the same rows and loss on other ranks"),
 }
 """What a change means, of the key and all below it: ``extend`` is taken, ``accept`` is taken on request, ``refuse`` never."""

@@ -150,7 +150,7 @@ def _with_folders(site: Site, folder: Path) -> Site:
     data = site.model_dump(by_alias=True)
     for path, text in strings(data):
         place = follow(Site, path)
-        if place.holds is not None and Mark.LOCATION in place.holds.marks and "://" not in text:
+        if text and place.holds is not None and Mark.LOCATION in place.holds.marks and "://" not in text:
             # os.path leaves a ``~name`` that no user has as it is, a folder of that name.
             _set(data, path, os.path.normpath(folder / os.path.expanduser(text)))
     data["sources"].setdefault(STANDARD_LIBRARY, sysconfig.get_path("stdlib"))

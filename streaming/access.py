@@ -39,6 +39,8 @@ class Access:
 class InPlace:
     """What stands for a ``Member`` where no prefetcher is needed."""
 
+    counts_file = ""
+
     def counts(self) -> None:
         """There is nothing to count."""
 

@@ -128,6 +128,12 @@ class _InProcessLoader:
     def shard_counts(self) -> ShardCounts | None:
         return self._member.counts()
 
+    def shard_counts_file(self) -> str:
+        return self._member.counts_file
+
+    def ready_steps(self) -> None:
+        """None are read ahead."""
+
     def close(self) -> None:
         self._reader.close()
         self._member.close()
@@ -161,6 +167,12 @@ class _ReadAheadLoader:
 
     def shard_counts(self) -> ShardCounts | None:
         return self._member.counts()
+
+    def shard_counts_file(self) -> str:
+        return self._member.counts_file
+
+    def ready_steps(self) -> int:
+        return sum(worker.ready for worker in self.workers)
 
     def close(self) -> None:
         for worker in self.workers:

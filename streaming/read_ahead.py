@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 
 from outgrow.errors import OutgrowError, TrainingError
-from outgrow.streaming.processes import start_python
+from outgrow.processes import start_python
 from outgrow.streaming.steps import PackedStep, ReadPlan, StepReader
 
 _READ_AHEAD_BYTES = 256 * 2**20
@@ -62,6 +62,11 @@ class Worker:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ready(self) -> int:
+        """Steps that were received and not taken."""
+        return self._received.qsize()
 
     def take(self) -> PackedStep:
         """The next step; waits for it. Raises what the worker raised, or ``TrainingError`` where it died."""

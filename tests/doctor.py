@@ -21,6 +21,10 @@ class Tool:
 TOOLS = (
     Tool("ip", "iproute2", "tests/integration/test_two_nodes.py: two hosts as network namespaces"),
     Tool("unshare", "util-linux", "tests/integration/test_two_nodes.py: a host that sees none of the other's folders"),
+    Tool("prometheus", "prometheus", "outgrow monitor; tests of metrics and discovery"),
+    Tool("promtool", "prometheus", "tests of alert rules and metrics"),
+    Tool("prometheus-alertmanager", "prometheus-alertmanager", "outgrow monitor; make test-monitoring"),
+    Tool("chromium", "chromium", "make test-monitoring: the report in a browser"),
     Tool("g++", "g++", "torch.compile on a CPU, and the DeepSpeed engine to come"),
     Tool("ninja", "ninja-build", "the DeepSpeed engine to come"),
 )
@@ -44,7 +48,7 @@ def main() -> int:
     for tool in TOOLS:
         path = shutil.which(tool.command)
         absent += path is None
-        print(f"{'found  ' if path else 'MISSING'}  {tool.command:<8} {path or 'package ' + tool.package:<24} {tool.purpose}")
+        print(f"{'found  ' if path else 'MISSING'}  {tool.command:<24} {path or 'package ' + tool.package:<24} {tool.purpose}")
     if absent:
         print("make system-deps installs what is missing (Debian, Ubuntu; as root)")
     return 1 if absent else 0

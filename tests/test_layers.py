@@ -11,17 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("recipes", "streaming", "monitoring", "trainers", "cluster")
-SPINE = {"errors", "contracts", "retry", "multipart", "storage", "torchvision", "__init__"}
+SPINE = {"errors", "contracts", "processes", "retry", "multipart", "storage", "torchvision", "__init__"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
+    "processes": set(),
     "retry": {"errors"},
     "multipart": {"errors", "retry"},
     "storage": {"errors", "retry", "multipart"},
     "torchvision": set(),
     "recipes": {"errors", "contracts", "storage"},
-    "streaming": {"errors", "contracts", "retry", "storage", "torchvision", "recipes"},
-    "monitoring": {"errors", "contracts", "storage", "recipes"},
+    "streaming": {"errors", "contracts", "processes", "retry", "storage", "torchvision", "recipes"},
+    "monitoring": {"errors", "contracts", "processes", "storage", "recipes"},
     "trainers": {"errors", "contracts", "storage", "torchvision", "recipes", "streaming", "monitoring"},
     "cluster": {"errors", "contracts", "retry", "storage", "recipes", "monitoring"},
 }

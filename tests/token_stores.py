@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,6 +181,7 @@ class Dataset:
             workers=1,
             threads_per_worker=1,
             device="cpu",
+            launched=time.time(),
         )
 
 

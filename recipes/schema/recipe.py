@@ -47,6 +47,8 @@ class Recipe(Section):
     """When to save and what to keep."""
     logging: training.Logging = training.Logging()
     """What is written down."""
+    profile: training.Profile = training.Profile()
+    """What is looked at closely, and when."""
     parallel: training.Parallel = training.AutoParallel()
     """How ranks share the model; ``auto`` unless you insist."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from outgrow.errors import SiteError
+from outgrow.recipes.schema.monitoring import Monitoring, Prices
 from outgrow.recipes.schema.options import Options, Value, in_clear
 from outgrow.recipes.schema.section import Mark, Section
 from outgrow.recipes.schema.tiers import Placement, Tier, tier_rules
@@ -51,6 +52,10 @@ class Site(Section):
     library, is always there."""
     cluster: Cluster = Cluster()
     """The Ray cluster."""
+    monitoring: Monitoring = Monitoring()
+    """What runs show, and to whom."""
+    prices: Prices = Prices()
+    """What machines cost."""
     workers: Auto | Positive = "auto"
     """Ranks of a run; ``auto``: one a GPU, or one on a machine without."""
     threads_per_worker: Auto | Positive = "auto"

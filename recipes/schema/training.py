@@ -122,6 +122,10 @@ class Validation(Section):
     """Optimizer steps between validations, and always one after the last step; 0 for the last alone."""
     max_rows: int = Field(default=0, ge=0)
     """At most this many rows of each stream, the same ones every time; 0 for all."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the model continues at every validation, greedily, to be read in the report."""
+    prompt_tokens: int = Field(default=48, ge=1, le=1024)
+    """Tokens that each is continued by."""
 
 
 class Checkpoint(Section):
@@ -135,11 +139,30 @@ class Checkpoint(Section):
     """This many more are kept: those with the lowest validation loss at their step."""
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+
+
 class Logging(Section):
     """What is written down along the way."""
 
     every_steps: int = Field(default=10, ge=1)
     """Optimizer steps between logged records; reading a loss costs one device synchronisation."""
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+    """Who is told beside ``events.jsonl``, from which each can be rebuilt: ``tensorboard`` (files in the run folder),
+    ``mlflow``, ``wandb`` (both offline, into the run folder)."""
+
+
+class Profile(Section):
+    """A window of steps that is looked at closely; the files go to ``profiles/`` of the run folder."""
+
+    start_step: int = Field(default=10, ge=1)
+    """The first optimizer step of the window, counted from 1 in each run."""
+    steps: int = Field(default=0, ge=0, le=100)
+    """Length of the window; 0 profiles nothing."""
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    """Ranks that are profiled."""
+    memory: bool = False
+    """Also a history of the device's allocations, as a page to open in a browser; on CUDA alone."""
 
 
 class AutoParallel(Section):

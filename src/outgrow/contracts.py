@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 JsonDict: TypeAlias = dict[str, Any]
 EngineName: TypeAlias = Literal["plain", "fsdp2"]
+RestartCause: TypeAlias = Literal["", "rank_lost", "error", "asked"]
 DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 
 IGNORE_INDEX = -100
@@ -207,6 +208,12 @@ class Loader(Protocol):
     def shard_counts(self) -> ShardCounts | None:
         """What fetching shards has cost on this node, all its ranks together; None where they are read in place."""
 
+    def shard_counts_file(self) -> str:
+        """Where these counts lie as JSON while the run goes; empty where shards are read in place."""
+
+    def ready_steps(self) -> int | None:
+        """Steps that are read ahead and wait to be taken; None where none are read ahead."""
+
 
 # --- where a run goes -------------------------------------------------------------------------------------------------
 
@@ -331,7 +338,8 @@ class RunRef(Record):
 class JobSpec(Record):
     """All that a worker is given, as plain data: recipe and site as dicts of their schemas, and the dataset's card.
 
-    ``site`` holds secrets in clear: it is passed in memory, never printed or written.
+    ``site`` holds secrets in clear: it is passed in memory, never printed or written. ``launched`` is the Unix time at which
+    the command began that runs the job.
     """
 
     recipe: JsonDict
@@ -341,13 +349,15 @@ class JobSpec(Record):
     workers: int
     threads_per_worker: int
     device: str
+    launched: float
 
 
 class Context(Protocol):
     """What a worker knows of its surroundings: under Ray Train ``RayContext``, under plain processes ``LocalContext``.
 
     torch.distributed is initialised before ``train_worker`` runs when ``world`` > 1 (gloo on CPU, nccl on GPU).
-    ``attempt`` names this start of the whole group, equal on all ranks and new at every restart.
+    ``attempt`` names this start of the whole group, equal on all ranks and new at every restart; ``cause`` is why this command
+    has started it again, empty at its first start.
     """
 
     @property
@@ -362,6 +372,8 @@ class Context(Protocol):
     def node_rank(self) -> int: ...
     @property
     def attempt(self) -> str: ...
+    @property
+    def cause(self) -> RestartCause: ...
     def barrier(self) -> None: ...
     def report(self, record: StepRecord) -> None:
         """Hand a record to whoever watches the run; never waits, and does nothing on ranks other than 0."""

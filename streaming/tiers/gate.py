@@ -18,6 +18,7 @@ from outgrow.errors import OutgrowError, TrainingError
 from outgrow.streaming.tiers.messages import Channel
 from outgrow.streaming.tiers.rendezvous import connect, start_prefetcher, take_seat
 from outgrow.streaming.tiers.slot import read_counts
+from outgrow.streaming.tiers.slot_files import COUNTS
 
 PATIENCE_S = 60.0
 """How long a prefetcher is waited for: that of another start of the run may be ending, a killed one is started again."""
@@ -61,6 +62,11 @@ class Member:
         self._channel, self.slot = self._join()
         self._thread = threading.Thread(target=self._stay, name="outgrow-prefetcher", daemon=True)
         self._thread.start()
+
+    @property
+    def counts_file(self) -> str:
+        """Where ``counts`` reads."""
+        return str(self.slot / COUNTS)
 
     def counts(self) -> ShardCounts | None:
         """What reading the run's shards has cost on this node; None where nothing was written of it yet."""

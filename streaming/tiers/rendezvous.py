@@ -20,7 +20,7 @@ from pathlib import Path
 
 from outgrow.contracts import RunRef
 from outgrow.errors import DataError
-from outgrow.streaming.processes import start_python
+from outgrow.processes import start_python
 from outgrow.streaming.tiers.places import Place
 from outgrow.streaming.tiers.slot import tier_folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             workers=1,
             threads_per_worker=1,
             device="cpu",
+            launched=time.time(),
         )
         run_local(job, "outgrow.trainers.loop:train_worker", on_record=lambda record: None)
     shutil.rmtree(root / "prose")

@@ -22,7 +22,16 @@ CARD = card(index_card(8, {"a": (10, 80)}))
 
 def job(workers: int, **recipe: object) -> JobSpec:
     run = RunRef(name="test", folder="runs/test", fingerprint="f")
-    return JobSpec(recipe=recipe, site={}, card=CARD, run=run, workers=workers, threads_per_worker=1, device="cpu")
+    return JobSpec(
+        recipe=recipe,
+        site={},
+        card=CARD,
+        run=run,
+        workers=workers,
+        threads_per_worker=1,
+        device="cpu",
+        launched=time.time(),
+    )
 
 
 def result(value: float) -> WorkerResult:
@@ -203,5 +212,5 @@ def test_a_function_that_no_rank_could_import_is_refused() -> None:
 
 
 def test_context_is_a_context() -> None:
-    context: Context = LocalContext(rank=0, world=1, attempt="a", on_record=print)
+    context: Context = LocalContext(rank=0, world=1, attempt="a", cause="", on_record=print)
     assert context.local_world == 1

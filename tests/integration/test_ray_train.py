@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def straight_through(folder: Path) -> dict[int, set[tuple[float | None, float | 
         with claim(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=False, accept=False) as claimed:
             job = JobSpec(
                 recipe=opened.recipe.to_dict(), site=opened.site.to_dict(), card=card, run=claimed.run,
-                workers=2, threads_per_worker=1, device="cpu",
+                workers=2, threads_per_worker=1, device="cpu", launched=time.time(),
             )  # fmt: skip
             run_local(job, "outgrow.trainers.loop:train_worker", on_record=lambda record: None)
         return losses(place.records())

@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def losses(folder: Path) -> dict[str, object]:
         workers=1,
         threads_per_worker=1,
         device="cpu",
+        launched=time.time(),
     )
     records: list[StepRecord] = []
     run_local(job, train_worker, on_record=records.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,6 +139,7 @@ def _baselines(opened: Opened, card: DatasetCard, folder: str, steps: int) -> Ba
         workers=1,
         threads_per_worker=1,
         device="cpu",
+        launched=time.time(),
     )
     layout = resolve(opened.recipe, world=1, local_world=1)
     loader = build_loader(job, layout, 0, start_step=0, stop_step=steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -58,6 +59,7 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
     from outgrow.cluster.runs import claim
     from outgrow.streaming.build import find
 
+    launched = time.time()
     target = locate(opened.site.cluster)
     typer.echo(announce(target))
     here = take_inventory([Path(opened.site.cache)])
@@ -72,7 +74,7 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
         typer.echo(f"{_claimed(claimed)}\n  on {cluster}")
         plan = plan_run(opened, survey(cluster, here), card, target, fresh=False)
         refuse(plan)
-        return _run(_job(opened, card, plan, claimed.run), cluster)
+        return _run(_job(opened, card, plan, claimed.run, launched), cluster)
 
 
 # --- before the run ---------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def _claimed(claimed: Claim) -> str:
     return "\n".join(lines)
 
 
-def _job(opened: Opened, card: DatasetCard, plan: Plan, run: RunRef) -> JobSpec:
+def _job(opened: Opened, card: DatasetCard, plan: Plan, run: RunRef, launched: float) -> JobSpec:
     from outgrow.contracts import JobSpec
 
     return JobSpec(
@@ -109,6 +111,7 @@ def _job(opened: Opened, card: DatasetCard, plan: Plan, run: RunRef) -> JobSpec:
         workers=plan.workers,
         threads_per_worker=plan.threads_per_worker,
         device=plan.device,
+        launched=launched,
     )
 
 
