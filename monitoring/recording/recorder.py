@@ -95,16 +95,17 @@ class Recorder:
     # --- the account of wall time ---------------------------------------------------------------------------------------
 
     def enter(self, kind: Wall) -> None:
-        """From here on time is of ``kind``, until the next ``enter`` or finished step."""
+        """From here on time is of ``kind``, and no step's, until the next ``enter`` or ``enter_steps``."""
         with self._file.writing() as values:
             values[INDEX[f"wall_s.{self._kind}"]] += self._take_interval()
+            values[INDEX["stepping"]] = 0
             self._kind = kind
             self._open(values, time.time())
 
-    def start_steps(self) -> None:
-        """The first step begins."""
+    def enter_steps(self) -> None:
+        """From here on the time is that of steps, each of which ends with ``step``."""
         self.enter("productive")
-        self.set(state=STATES.index("running"))
+        self.set(stepping=1, state=STATES.index("running"))
 
     def step(
         self,
@@ -137,7 +138,6 @@ class Recorder:
         values[INDEX["step"]] = step
         values[INDEX["epoch"]] = epoch
         values[INDEX["last_step_time"]] = now
-        self._kind = "productive"
         self._open(values, now)
         self._file.end()
 

@@ -64,6 +64,7 @@ GAUGES = (
     "touched",  # Unix seconds of the last change of this record
     "open_kind",  # index into WALL: what the time since open_since goes to
     "open_since",  # seconds of the monotonic clock
+    "stepping",  # 1 while that is a step, 0 while it is something between steps
     "step",  # finished steps
     "furthest",  # the most finished steps that any start of the run has come to
     "epoch",
