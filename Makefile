@@ -38,6 +38,7 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m outgrow.recipes.reference
+	$(BIN)/python -m outgrow.monitoring.metrics_page
 
 doctor:
 	@$(PYTHON) tests/doctor.py

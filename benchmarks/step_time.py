@@ -30,7 +30,7 @@ from outgrow.recipes.layout import resolve
 from outgrow.recipes.loading import load
 from outgrow.recipes.schema import Recipe
 from outgrow.trainers.bring_up import step_seed
-from outgrow.trainers.engines import make_engine
+from outgrow.trainers.engines import make_engine, unmarked
 from outgrow.trainers.finite import FiniteWatch
 from outgrow.trainers.models.build import meta_model
 from outgrow.trainers.models.initialise import SeededWeights
@@ -101,7 +101,7 @@ def engine_step(recipe: Recipe, layout: Layout, rank: int = 0) -> Callable[[int]
         whole = rows_of(number, recipe.batch.rows, recipe.data.sequence_length)
         mine = Batch(**{name: getattr(whole, name)[rank :: layout.world] for name in Batch.__dataclass_fields__})
         torch.manual_seed(step_seed(recipe.run.seed, number, rank))
-        engine.accumulate(mine, float(whole.weights.sum()))
+        engine.accumulate(mine, float(whole.weights.sum()), unmarked)
         sums = engine.finish()
         engine.apply(learning_rate(recipe, number, STEPS))
         watch.see(number, sums.grad_norm)

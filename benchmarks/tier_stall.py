@@ -116,7 +116,7 @@ def sites(dataset: Dataset, line: Line, root: Path) -> Iterator[dict[str, Any]]:
     """The site of a run whose dataset lies behind ``line``, as plain data."""
     room = f"{round(shard_bytes(dataset) * CACHE)} B"
     fast = {"name": "fast", "path": str(root / "fast"), "run_cache": room, "reserve": "1 GB"}
-    site: dict[str, Any] = {"schema": 1, "cache": str(root / "cache"), "storage": str(dataset.root)}
+    site: dict[str, Any] = {"schema": 1, "cache": str(root / "cache"), "storage": str(dataset.root), **unwatched(root)}
     if line.name == "disk":
         limit = f"{line.bytes_per_s / 1e6:.0f} MB/s"
         yield {**site, "tiers": [fast, {"name": "slow", "path": str(dataset.root), "limit": limit, "speed": limit}]}
@@ -130,7 +130,13 @@ def sites(dataset: Dataset, line: Line, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def in_place(dataset: Dataset, root: Path) -> dict[str, Any]:
-    return Site(storage=str(dataset.root), cache=str(root / "cache")).to_dict()
+    site = Site.model_validate({"storage": str(dataset.root), "cache": str(root / "cache"), **unwatched(root)})
+    return site.to_dict()
+
+
+def unwatched(root: Path) -> dict[str, Any]:
+    """Keys of a site without a node agent, whose records lie in a place of their own."""
+    return {"monitoring": {"agent": False, "folder": str(root / "monitoring")}}
 
 
 def upload(dataset: Dataset, server: str) -> None:

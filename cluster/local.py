@@ -74,9 +74,9 @@ def run_local(job: JobSpec, train_worker: TrainWorker | str, *, on_record: OnRec
     """What rank 0 returned, once all ``job.workers`` ranks are done; one rank alone runs in this process, without a group.
 
     ``train_worker`` is a function of an importable module, or its name ``package.module:function``. ``on_record`` is called in
-    this thread. A group is started again where a rank asks for it, but after no failure. Raises what the first failing rank
-    raised: an ``OutgrowError`` as itself, anything else as ``TrainingError`` with its traceback. No rank is left running,
-    however this ends.
+    this thread, for one rank alone in that of its records. A group is started again where a rank asks for it, but after no
+    failure. Raises what the first failing rank raised: an ``OutgrowError`` as itself, anything else as ``TrainingError`` with
+    its traceback. No rank is left running, however this ends.
     """
     restarts, before = 0, ""
     while True:

@@ -1,51 +1,73 @@
 """``events.jsonl``: every record of a run in order, one JSON object a line, written off the step's path.
 
-``write`` puts a record on a bounded queue and returns; a thread appends it. A full disk or a slow bucket never stops a step:
-what could not be written is kept and tried again, and what had to be dropped is counted and said in the file itself as soon
-as it can be. Restarts append to the same file, so a step that was trained twice stands there twice, each with its attempt.
+``write`` puts a record on a bounded queue and returns; a thread turns it into a line, appends it, and tells whoever listens. A
+full disk or a slow bucket never stops a step: what could not be written is kept and tried again, and what had to be dropped is
+counted and said in the file itself as soon as it can be. Restarts append to the same file, so a step that was trained twice
+stands there twice, each with its attempt. Full files are numbered and bounded as ``event_files`` says.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from io import SEEK_END, FileIO
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
-from outgrow.contracts import StepRecord
+from outgrow.contracts import JsonDict, StepRecord
+from outgrow.monitoring.event_files import LIVE, Sink, line_of, newest_lines, note_line, open_sink, read_lines
 from outgrow.storage import Storage
 
-FILE = "events.jsonl"
+FILE = LIVE
 QUEUE_RECORDS = 10_000
 UPLOAD_INTERVAL_S = 10.0
+_IDLE_S = 1.0
+
+Observer: TypeAlias = Callable[[StepRecord], None]
+_Queued: TypeAlias = StepRecord | JsonDict | threading.Event | None
+"""A record, a note, someone who waits until the thread has come here, or the end."""
 
 
 class EventLog:
     """Appends records to ``<run folder>/events.jsonl``. Open it on one rank alone; ``close`` waits for what is queued.
 
     On a local folder a line is in the file within moments of ``write``; on a bucket the whole object is put again at most
-    every ``UPLOAD_INTERVAL_S`` seconds and at ``close``.
+    every ``UPLOAD_INTERVAL_S`` seconds and at ``close``. ``observers`` hear of each record in the log's own thread, in order and
+    whatever the disk does; one that raises is not asked again, which the file says.
     """
 
-    def __init__(self, storage: Storage, run_folder: str) -> None:
-        self._storage = storage
-        self._key = f"{run_folder}/{FILE}"
-        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
+    def __init__(self, storage: Storage, run_folder: str, observers: Sequence[Observer] = ()) -> None:
+        self._storage, self._folder = storage, run_folder
+        self._queue: queue.Queue[_Queued] = queue.Queue(QUEUE_RECORDS)
+        self._observers = list(observers)
+        self._told = 0
         self.dropped = 0
+        """Records that the file will never have, so far."""
         self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
         self._thread.start()
 
     def write(self, record: StepRecord) -> None:
-        """Queue one record; never waits and never raises for the disk's sake."""
-        line = json.dumps(record.to_dict(), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        """Queue one record, which nobody may change from here on; never waits and never raises for the disk's sake."""
         try:
-            self._queue.put_nowait(line)
+            self._queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+
+    def note(self, **values: Any) -> None:
+        """Queue a line that is no record, for a person who reads the file; lost where the queue is full."""
+        try:
+            self._queue.put_nowait(values)
+        except queue.Full:
+            return
+
+    def flush(self, timeout_s: float = 30.0) -> None:
+        """Wait until the observers have heard of all that was written so far, ``timeout_s`` at most."""
+        reached = threading.Event()
+        try:
+            self._queue.put(reached, timeout=timeout_s)
+        except queue.Full:
+            return
+        reached.wait(timeout_s)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write what is queued; gives up after ``timeout_s`` where the storage does not answer."""
@@ -59,19 +81,21 @@ class EventLog:
                     return
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
+    # --- the thread -----------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
-        sink = _LocalSink(self._storage, self._key) if self._storage.is_local else _ObjectSink(self._storage, self._key)
+        sink: Sink | None = None
         pending: list[bytes] = []
-        told = 0
         closing = False
         while not (closing and not pending):
-            taken = self._take(wait_s=1.0 if not closing else 0.0)
-            closing = closing or None in taken
-            pending += [line for line in taken if line is not None]
-            if self.dropped > told:
-                pending.append(json.dumps({"dropped_records": self.dropped}).encode() + b"\n")
-                told = self.dropped
+            for value in self._take(wait_s=0.0 if closing else _IDLE_S):
+                closing = closing or value is None
+                pending += self._lines(value)
+            if self.dropped > self._told:
+                pending.append(note_line(self.dropped))
+                self._told = self.dropped
             try:
+                sink = sink or open_sink(self._storage, self._folder, UPLOAD_INTERVAL_S)
                 sink.append(b"".join(pending), last=closing)
                 pending = []
             except Exception:
@@ -80,11 +104,31 @@ class EventLog:
                 pending = pending[-QUEUE_RECORDS:]
                 if closing:
                     return
-                time.sleep(1.0)
+                time.sleep(_IDLE_S)
 
-    def _take(self, wait_s: float) -> list[bytes | None]:
+    def _lines(self, value: _Queued) -> Iterator[bytes]:
+        """The lines of what was queued, once the observers have heard of it."""
+        if isinstance(value, dict):
+            yield note_line(self.dropped, **value)
+        elif isinstance(value, threading.Event):
+            value.set()
+        elif value is not None:
+            try:
+                yield line_of(vars(value))  # its fields as they are: a copy of all that is in them would cost three times as much
+            except (TypeError, ValueError) as error:
+                self.dropped += 1
+                yield note_line(self.dropped, error=f"a record of kind {value.kind} is no JSON: {error}")
+            for observer in list(self._observers):
+                try:
+                    observer(value)
+                except Exception as error:
+                    self._observers.remove(observer)
+                    name = getattr(observer, "__qualname__", type(observer).__name__)
+                    yield note_line(self.dropped, error=f"{name} is not told any more: {type(error).__name__}: {error}")
+
+    def _take(self, wait_s: float) -> list[_Queued]:
         """All that is queued, after waiting up to ``wait_s`` for the first."""
-        taken: list[bytes | None] = []
+        taken: list[_Queued] = []
         try:
             taken.append(self._queue.get(timeout=wait_s) if wait_s else self._queue.get_nowait())
             while True:
@@ -93,67 +137,16 @@ class EventLog:
             return taken
 
 
-class _LocalSink:
-    def __init__(self, storage: Storage, key: str) -> None:
-        self._path = Path(storage.path(key))
-        self._whole = False
-
-    def append(self, data: bytes, *, last: bool) -> None:
-        if not data:
-            return
-        with open(self._path, "ab+", buffering=0) as file:
-            if not self._whole:
-                self._end_torn_line(file)
-            self._whole = False
-            size = file.tell()
-            if file.write(data) != len(data):
-                # A full disk took a part of it: nothing of it must stay, as all of it is written again.
-                file.truncate(size)
-                raise OSError(errno.ENOSPC, "no room for the record of the run", str(self._path))
-        self._whole = True
-
-    @staticmethod
-    def _end_torn_line(file: FileIO) -> None:
-        """A process that was killed while it wrote leaves half a line; the next record must not grow onto it."""
-        if file.seek(0, SEEK_END) > 0:
-            file.seek(-1, SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-
-
-class _ObjectSink:
-    def __init__(self, storage: Storage, key: str) -> None:
-        self._storage, self._key = storage, key
-        self._content: bytearray | None = None
-        self._uploaded = 0
-        self._next = 0.0
-
-    def append(self, data: bytes, *, last: bool) -> None:
-        if self._content is None:
-            self._content = bytearray(self._storage.read(self._key) if self._storage.exists(self._key) else b"")
-            self._uploaded = len(self._content)
-        self._content += data
-        if len(self._content) > self._uploaded and (last or time.monotonic() >= self._next):
-            self._next = time.monotonic() + UPLOAD_INTERVAL_S
-            size = len(self._content)
-            try:
-                self._storage.write(self._key, bytes(self._content))
-            except Exception:
-                if last:
-                    raise
-                return  # tried again with the next upload
-            self._uploaded = size
-
-
 def read_events(storage: Storage, run_folder: str) -> Iterator[StepRecord]:
     """The records of a run in the order they were written; half lines that a kill left behind are passed over."""
-    key = f"{run_folder}/{FILE}"
-    if not storage.exists(key):
-        return
-    for line in storage.read(key).splitlines():
-        try:
-            data = json.loads(line)
-        except ValueError:
-            continue
-        if "dropped_records" not in data:
-            yield StepRecord.from_dict(data)
+    for line in read_lines(storage, run_folder):
+        if "dropped_records" not in line:
+            yield StepRecord.from_dict(line)
+
+
+def newest_counters(storage: Storage, run_folder: str) -> tuple[float, dict[str, float]] | None:
+    """Unix time and counters of the newest record that has any; None where there is none. Reads no more than it must."""
+    for line in newest_lines(storage, run_folder):
+        if counters := line.get("detail", {}).get("counters"):
+            return float(line["time"]), dict(counters)
+    return None

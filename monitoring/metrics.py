@@ -50,6 +50,7 @@ RUN_STATE = _gauge(
 )
 RUN_ACTIVE = _gauge("run_active", RUN, "1 while the run should be making steps: also when its ranks are gone without a word.")
 RUN_START_TIME = _gauge("run_start_time_seconds", RUN, "Unix time of the first start of the run.")
+RUN_ATTEMPT_START_TIME = _gauge("run_attempt_start_time_seconds", RUN, "Unix time of the newest start of the run.")
 RUN_STEP = _gauge("run_step", RUN, "Finished optimizer steps of the run.")
 RUN_PLANNED_STEPS = _gauge("run_planned_steps", RUN, "Optimizer steps that the run is to make.")
 RUN_EPOCH = _gauge("run_epoch", RUN, "Pass over the dataset, from 0.")

@@ -33,7 +33,7 @@ ensure_importable()
 
 from transformers import AutoConfig, PretrainedConfig  # noqa: E402
 
-from outgrow.trainers.engines import Engine, make_engine  # noqa: E402
+from outgrow.trainers.engines import Engine, make_engine, unmarked  # noqa: E402
 from outgrow.trainers.models.build import meta_model  # noqa: E402
 from outgrow.trainers.models.initialise import SeededWeights  # noqa: E402
 from outgrow.trainers.regions import Region  # noqa: E402
@@ -157,7 +157,7 @@ def trained_steps(
     recipe, layout = case.recipe(), case.layout()
     for step, rows in enumerate(rows_of, start=first):
         for ids in layout.rank_rows(tuple(range(len(rows))), rank):
-            engine.accumulate(batch([rows[i] for i in ids], LENGTH), global_weight(rows))
+            engine.accumulate(batch([rows[i] for i in ids], LENGTH), global_weight(rows), unmarked)
         sums = engine.finish()
         engine.apply(learning_rate(recipe, step, STEPS))
         yield engine.reduce_sum(sums.loss).item(), sums.grad_norm.item()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("recipes", "streaming", "monitoring", "trainers", "cluster")
-SPINE = {"errors", "contracts", "processes", "retry", "multipart", "storage", "torchvision", "__init__"}
+SPINE = {"errors", "contracts", "processes", "retry", "multipart", "storage", "torchvision", "html_page", "__init__"}
 MAY_IMPORT = {
     "errors": set(),
     "contracts": set(),
@@ -20,9 +20,10 @@ MAY_IMPORT = {
     "multipart": {"errors", "retry"},
     "storage": {"errors", "retry", "multipart"},
     "torchvision": set(),
+    "html_page": set(),
     "recipes": {"errors", "contracts", "storage"},
-    "streaming": {"errors", "contracts", "processes", "retry", "storage", "torchvision", "recipes"},
-    "monitoring": {"errors", "contracts", "processes", "storage", "recipes"},
+    "streaming": {"errors", "contracts", "processes", "retry", "storage", "torchvision", "html_page", "recipes"},
+    "monitoring": {"errors", "contracts", "processes", "storage", "html_page", "recipes"},
     "trainers": {"errors", "contracts", "storage", "torchvision", "recipes", "streaming", "monitoring"},
     "cluster": {"errors", "contracts", "retry", "storage", "recipes", "monitoring"},
 }

@@ -62,5 +62,6 @@ def make_site(root: Path, *, storage: str = "", build_processes: int = 1, **sour
             "cache": str(root / "cache"),
             "sources": {name: str(path) for name, path in sources.items()},
             "build_processes": build_processes,
+            "monitoring": {"agent": False, "folder": str(root / "monitoring")},
         }
     )

@@ -59,6 +59,7 @@ workers: 2
 threads_per_worker: 1
 build_processes: 1
 cluster: {token_file: token}
+monitoring: {agent: false, folder: monitoring}
 """
 
 
@@ -86,6 +87,15 @@ class Place:
         code = self.start(*words).wait(timeout_s)
         assert code == 0, f"exit code {code}\n{self.log()}"
         return self.log()
+
+    def run_beside(self, *words: str, timeout_s: float = 60) -> str:
+        """What a command says that runs beside the one of ``start``, once it has ended well."""
+        words = (*self.inside, sys.executable, "-m", "outgrow", *words)
+        done = subprocess.run(
+            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s
+        )
+        assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout.decode()}"
+        return done.stdout.decode()
 
     def log(self) -> str:
         return (self.folder / "log").read_text()

@@ -175,7 +175,12 @@ class Dataset:
     ) -> JobSpec:
         return JobSpec(
             recipe=self.recipe(rows=rows, workers=workers, max_rows=max_rows, **changes).to_dict(),
-            site={"schema": 1, "storage": storage or str(self.root), "cache": cache or str(self.root / "cache")},
+            site={
+                "schema": 1,
+                "storage": storage or str(self.root),
+                "cache": cache or str(self.root / "cache"),
+                "monitoring": {"agent": False, "folder": str(self.root / "monitoring")},
+            },
             card=self.card,
             run=RunRef(name="test", folder="runs/test", fingerprint="f"),
             workers=1,

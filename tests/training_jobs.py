@@ -101,6 +101,12 @@ class NotingLoader:
     def shard_counts(self) -> ShardCounts | None:
         return self.loader.shard_counts()
 
+    def shard_counts_file(self) -> str:
+        return self.loader.shard_counts_file()
+
+    def ready_steps(self) -> int | None:
+        return self.loader.ready_steps()
+
 
 def train_and_note_rows(job: JobSpec, context: Context) -> WorkerResult:
     """``train_worker``, with a file a start and rank in the run folder that says what was read."""

@@ -6,42 +6,47 @@ validation, and before a checkpoint, which is never made of weights that a non-f
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
 
-from outgrow.contracts import CheckpointRef, Context, JobSpec, Layout, Loader, StepRows, WorkerResult
-from outgrow.errors import IntegrityError, ShardError, TrainingError
+from outgrow.contracts import Context, JobSpec, Loader, StepRows, WorkerResult
+from outgrow.errors import ShardError, TrainingError
+from outgrow.monitoring.recording.attempt import node_folder
+from outgrow.monitoring.recording.recorder import Recorder
+from outgrow.monitoring.trackers import open_trackers
 from outgrow.recipes.layout import resolve, total_steps
 from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
-from outgrow.trainers.bring_up import Started, prepare_process, start_engine, step_seed
-from outgrow.trainers.checkpoint.catalog import newest, survey
+from outgrow.trainers.attempt import Attempt, call_agent, facts_of, recorded, told_start
+from outgrow.trainers.bring_up import Started, build_model, finished, prepare_process, start_engine, step_seed
+from outgrow.trainers.ceilings import arithmetic_of, measured_flops
+from outgrow.trainers.checkpoint.catalog import newest
 from outgrow.trainers.checkpoint.commit import Group, StepState
 from outgrow.trainers.checkpoint.format import step_folder
-from outgrow.trainers.checkpoint.reader import open_checkpoint
-from outgrow.trainers.checkpoint.resume import gather_texts
 from outgrow.trainers.checkpoint.retention import Retention
 from outgrow.trainers.checkpoint.saving import Checkpointer
 from outgrow.trainers.engines import Engine, StepSums
 from outgrow.trainers.finite import FiniteWatch
-from outgrow.trainers.pace import Pace
+from outgrow.trainers.loading import lost_shards, open_loader, open_tokenizer, open_validation
+from outgrow.trainers.profiling import ProfileWindow
 from outgrow.trainers.progress import Progress
 from outgrow.trainers.records import Records
 from outgrow.trainers.saves import Saves
 from outgrow.trainers.schedule import learning_rate
+from outgrow.trainers.stall_watch import StallWatch
+from outgrow.trainers.telemetry import Figures, Telemetry
 from outgrow.trainers.validation import validate
 
 if TYPE_CHECKING:
-    from outgrow.streaming.lost_shards import LostShard
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ class _Run:
     engine: Engine
     loader: Loader
     validation: Iterable[tuple[str, StepRows]]
+    tokenizer: Tokenizer | None
+    positions: int
     saves: Saves
     records: Records
     progress: Progress
     watch: FiniteWatch
-    pace: Pace
+    recorder: Recorder
+    profile: ProfileWindow
+    telemetry: Telemetry
 
 
 def train_worker(job: JobSpec, context: Context) -> WorkerResult:
@@ -70,96 +79,130 @@ def train_worker(job: JobSpec, context: Context) -> WorkerResult:
     finite and for a last checkpoint that cannot be written, ``RestartError`` where the run has given up a shard; what the
     parts raise (``UserError``, ``IntegrityError``) passes through.
     """
+    recipe = Recipe.model_validate(job.recipe)
+    site = Site.model_validate(job.site)
+    storage = site.open_storage()
+    steps = total_steps(recipe, Mix.of(recipe, job.card))
+    trackers = open_trackers(recipe.logging.trackers, job.recipe, storage, job.run.folder, node_folder(site))
+    with closing(Records(context, storage, job.run.folder, steps, trackers)) as records:
+        if end := finished(storage, job.run.folder, steps, context.rank):
+            records.say("end", end, loss=end.validation_loss)
+            return end.result(step_folder(job.run.folder, end.step))
+        with recorded(job, context, storage) as attempt:
+            progress = _go_on(attempt, recipe, storage, steps, records)
+        return progress.result(step_folder(job.run.folder, steps))
+
+
+def _go_on(attempt: Attempt, recipe: Recipe, storage: Storage, steps: int, records: Records) -> Progress:
+    """The run at its end, after this start of it."""
     from outgrow.streaming.quarantine import answer
 
-    recipe = Recipe.model_validate(job.recipe)
-    storage = Site.model_validate(job.site).open_storage()
-    steps = total_steps(recipe, Mix.of(recipe, job.card))
-    with closing(Records(context, storage, job.run.folder, steps)) as records:
-        if finished := _finished(storage, job.run.folder, steps, context.rank):
-            records.say("end", finished, loss=finished.validation_loss)
-            return finished.result(step_folder(job.run.folder, finished.step))
-        device = prepare_process(job, recipe, context.local_rank)
-        layout = resolve(recipe, context.world, context.local_world)
-        started = start_engine(job, recipe, layout, storage, device)
-        lost = _lost_shards(storage, job.run.folder, context.rank)
-        records.say("start", started.progress, detail=_versions_and_layout(layout, device, started) | _named(lost))
-        group = Group(job.run.folder, context.attempt, context.rank, context.world)
-        step = started.progress.step
-        with (
-            closing(_saves(recipe, storage, group, started, device)) as saves,
-            closing(_open_loader(job, context, layout, range(step, steps), lost)) as loader,
-        ):
-            run = _Run(
-                job=job,
-                recipe=recipe,
-                rank=context.rank,
-                steps=steps,
-                storage=storage,
-                engine=started.engine,
-                loader=loader,
-                validation=_open_validation(job, context, layout, lost) if job.card.validation_rows else (),
-                saves=saves,
-                records=records,
-                progress=started.progress,
-                watch=FiniteWatch(device),
-                pace=Pace(),
-            )
-            try:
-                _train(run)
-            except ShardError as error:
-                raise answer(error, job, lost) from error
-        return run.progress.result(step_folder(job.run.folder, steps))
+    job, context, recorder = attempt.job, attempt.context, attempt.recorder
+    device = prepare_process(job, recipe, context.local_rank)
+    recorder.set(measured_flops=measured_flops(device, recipe.precision))
+    layout = resolve(recipe, context.world, context.local_world)
+    model = build_model(job, recipe)
+    arithmetic = arithmetic_of(model)
+    facts = facts_of(attempt, layout, device, arithmetic, steps)
+    attempt.write(facts)
+    agent = call_agent(attempt)
+    started = start_engine(job, recipe, layout, storage, device, model, recorder)
+    lost = lost_shards(storage, job.run.folder, context.rank)
+    detail = told_start(attempt, facts, layout, device, started, lost) | {"agent": agent}
+    records.say("start", started.progress, detail=detail)
+    group = Group(job.run.folder, context.attempt, context.rank, context.world)
+    with (
+        closing(_saves(recipe, storage, group, started, device)) as saves,
+        closing(open_loader(job, context, layout, range(started.progress.step, steps), lost)) as loader,
+        closing(StallWatch(attempt.stalls, context.rank, recorder.threshold_s, recorder.open_s)),
+        closing(ProfileWindow(recipe.profile, context.rank, storage, job.run.folder, device, started.progress.step)) as profile,
+    ):
+        attempt.write(dataclasses.replace(facts, shard_counts=loader.shard_counts_file()))
+        run = _Run(
+            job=job,
+            recipe=recipe,
+            rank=context.rank,
+            steps=steps,
+            storage=storage,
+            engine=started.engine,
+            loader=loader,
+            validation=open_validation(job, context, layout, lost),
+            tokenizer=open_tokenizer(job) if recipe.validation.prompts else None,
+            positions=model.config.max_position_embeddings,
+            saves=saves,
+            records=records,
+            progress=started.progress,
+            watch=FiniteWatch(device),
+            recorder=recorder,
+            profile=profile,
+            telemetry=Telemetry(recorder, loader, device, arithmetic.flops_per_token),
+        )
+        try:
+            _train(run)
+        except ShardError as error:
+            raise answer(error, job, lost) from error
+    return run.progress
 
 
 def _train(run: _Run) -> None:
     """Every step that is left, each with what is due after it."""
-    engine, recipe = run.engine, run.recipe
-    for rows in run.pace.steps(run.loader):
+    engine, recipe, telemetry = run.engine, run.recipe, run.telemetry
+    for rows in telemetry.steps():
         torch.manual_seed(step_seed(recipe.run.seed, rows.step, run.rank))
         # A step of prompts alone learns nothing: its loss is 0 then, not 0 / 0.
         global_weight = rows.global_weight or 1.0
         for batch in rows.micro_batches:
-            engine.accumulate(batch, global_weight)
+            telemetry.mark("forward")
+            engine.accumulate(batch, global_weight, telemetry.mark)
+        telemetry.mark("collectives")
         sums = engine.finish()
         rate = learning_rate(recipe, rows.step, run.steps)
+        telemetry.mark("optimizer")
         engine.apply(rate)
         run.progress.advance(rows)
         run.watch.see(run.progress.step, sums.grad_norm)
-        _do_what_is_due(run, sums, rate)
+        telemetry.finish_step(rows)
+        run.profile.step(run.progress.step)
+        _do_what_is_due(run, rows, sums, rate)
     counts = run.loader.shard_counts()
     detail = {"shards": counts.to_dict()} if counts else {}
+    detail["counters"] = run.recorder.counters()
     run.records.say("end", run.progress, loss=run.progress.validation_loss, detail=detail)
 
 
-def _do_what_is_due(run: _Run, sums: StepSums, rate: float) -> None:
+def _do_what_is_due(run: _Run, rows: StepRows, sums: StepSums, rate: float) -> None:
     """Log, validate, save: in this order, each where its turn has come and all after the last step."""
     step, last = run.progress.step, run.progress.step == run.steps
     logging = last or step % run.recipe.logging.every_steps == 0
     every_steps = run.recipe.validation.every_steps
     validating = last or (every_steps > 0 and step % every_steps == 0)
     saving = last or run.saves.due(step)
-    if not (logging or validating or saving):
-        return
-    loss, grad_norm = _read(run, sums)
-    if logging:
-        speed = run.pace.look()
-        run.records.say("step", run.progress, loss=loss, grad_norm=grad_norm, learning_rate=rate, **vars(speed))
-    with run.pace.paused():
-        validation_loss = _validate(run) if validating else None
-        if saving:
+    if logging or validating or saving:
+        figures = _read(run, rows, sums)
+        if logging:
+            fields = run.telemetry.look(figures, rate, run.records.dropped)
+            run.records.say("step", run.progress, loss=figures.loss, grad_norm=figures.grad_norm, learning_rate=rate, **fields)
+    validation_loss = None
+    if validating:
+        with run.telemetry.between_steps("productive", "validation"):
+            validation_loss = _validate(run)
+    if saving:
+        with run.telemetry.between_steps("checkpoint", "checkpoint"):
             _save(run, validation_loss, last)
-        _tell_saves(run)
+    _tell_saves(run)
 
 
-def _read(run: _Run, sums: StepSums) -> tuple[float, float]:
-    """Loss and gradient norm of the step; waits for the device. Raises ``TrainingError`` once a gradient was not finite."""
-    loss, grad_norm = torch.stack([run.engine.reduce_sum(sums.loss), sums.grad_norm]).tolist()
+def _read(run: _Run, rows: StepRows, sums: StepSums) -> Figures:
+    """Losses and gradient norm of the step; waits for the device. Raises ``TrainingError`` once a gradient was not finite."""
+    read = torch.stack([run.engine.reduce_sum(sums.loss), sums.grad_norm, sums.loss]).tolist()
+    loss, grad_norm, share = read
     bad_step = run.watch.first_bad()
     if bad_step is not None or not math.isfinite(loss):
         raise _not_finite(run, f"the loss or the gradient of step {bad_step or run.progress.step}")
     run.progress.train_loss = loss
-    return loss, grad_norm
+    own_weight = math.fsum(float(batch.weights.sum()) for batch in rows.micro_batches)
+    rank_loss = share * (rows.global_weight or 1.0) / own_weight if own_weight else math.nan
+    return Figures(loss=loss, rank_loss=rank_loss, grad_norm=grad_norm)
 
 
 def _validate(run: _Run) -> float | None:
@@ -170,12 +213,25 @@ def _validate(run: _Run) -> float | None:
     if not math.isfinite(found.total):
         raise _not_finite(run, f"the validation loss after step {run.progress.step}")
     run.progress.validation_loss = found.total
-    run.records.say("validation", run.progress, loss=found.total, detail={"streams": found.streams})
+    run.recorder.set(validation_loss=found.total)
+    detail = {"streams": found.streams, "samples": _continued(run)}
+    run.records.say("validation", run.progress, loss=found.total, detail=detail)
     return found.total
+
+
+def _continued(run: _Run) -> list[dict[str, str]]:
+    """The recipe's prompts as the model continues them now. All ranks call it."""
+    wanted = run.recipe.validation
+    if run.tokenizer is None:
+        return []
+    from outgrow.trainers.samples import continue_prompts
+
+    return continue_prompts(run.engine, run.tokenizer, wanted.prompts, wanted.prompt_tokens, run.positions)
 
 
 def _not_finite(run: _Run, what: str) -> TrainingError:
     """What every rank raises alike, once the save in flight is committed: the first to raise ends the others."""
+    run.recorder.add(nonfinite=1)
     run.saves.wait()
     saved = newest(run.storage, run.job.run.folder)
     last = f"{saved.folder} (step {saved.step})" if saved else "none"
@@ -213,67 +269,8 @@ def _tell_saves(run: _Run) -> None:
             "write_s": result.write_s,
             "commit_s": result.commit_s,
         }
+        run.telemetry.saved(result)
         run.records.say("checkpoint", run.progress, detail=detail | ({"error": result.error} if result.error else {}))
-
-
-def _finished(storage: Storage, run_folder: str, steps: int, rank: int) -> Progress | None:
-    """Where the run ended, if its newest checkpoint is of its last step or beyond, and whole; None where something is to do.
-
-    A collective: ranks end together or go on together. One of them reads the checkpoint through.
-    """
-    saved = next(iter(survey(storage, run_folder).saved), None)
-    over = saved if saved and saved.manifest.step >= steps else None
-    views = set(gather_texts(over.ref.digest if over else ""))
-    fault = _fault(storage, over.ref) if over and rank == 0 else ""
-    if any(gather_texts(fault)) or over is None or len(views) > 1:
-        return None
-    return Progress(over.manifest.step, over.manifest.metrics)
-
-
-def _fault(storage: Storage, ref: CheckpointRef) -> str:
-    """What is wrong with a checkpoint, every byte of it read; empty where it is whole."""
-    try:
-        open_checkpoint(storage, ref).verify()
-    except (IntegrityError, FileNotFoundError) as error:
-        return str(error)
-    return ""
-
-
-def _open_loader(job: JobSpec, context: Context, layout: Layout, steps: range, lost: tuple[LostShard, ...]) -> Loader:
-    from outgrow.streaming.loader import build_loader
-
-    return build_loader(
-        job,
-        layout,
-        context.rank,
-        start_step=steps.start,
-        stop_step=steps.stop,
-        lost=lost,
-        local_world=context.local_world,
-        attempt=context.attempt,
-    )
-
-
-def _open_validation(
-    job: JobSpec, context: Context, layout: Layout, lost: tuple[LostShard, ...]
-) -> Iterable[tuple[str, StepRows]]:
-    from outgrow.streaming.loader import build_validation
-
-    return build_validation(job, layout, context.rank, lost=lost, attempt=context.attempt)
-
-
-def _lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:
-    """The shards that the run goes on without, as one rank reads them: equal on all. A collective."""
-    from outgrow.streaming.lost_shards import LostShard
-    from outgrow.streaming.quarantine import read_lost
-
-    read = [shard.to_dict() for shard in read_lost(storage, run_folder)] if rank == 0 else []
-    return tuple(LostShard.from_dict(shard) for shard in json.loads(gather_texts(json.dumps(read))[0]))
-
-
-def _named(lost: tuple[LostShard, ...]) -> dict[str, object]:
-    """What the record of a start says of lost shards, where there are any."""
-    return {"lost_shards": [shard.to_dict() for shard in lost]} if lost else {}
 
 
 def _saves(recipe: Recipe, storage: Storage, group: Group, started: Started, device: torch.device) -> Saves:
@@ -285,14 +282,3 @@ def _saves(recipe: Recipe, storage: Storage, group: Group, started: Started, dev
         distrusted=[refused.folder for refused in started.refused],
     )
     return Saves(started.engine, checkpointer, recipe.checkpoint.every_steps, device)
-
-
-def _versions_and_layout(layout: Layout, device: torch.device, started: Started) -> dict[str, object]:
-    return {
-        "world": layout.world,
-        "layout": layout.to_dict(),
-        "device": str(device),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "refused_checkpoints": {refused.folder: refused.reason for refused in started.refused},
-    }

@@ -1,42 +1,69 @@
-"""Says what happens in a run: to its ``events.jsonl`` and to whoever watches. Never on the step's time."""
+"""Says what happens in a run: to its ``events.jsonl``, to trackers, and to whoever watches. Never on the step's time."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from outgrow.contracts import Context, StepRecord
 from outgrow.monitoring.events import EventLog
+from outgrow.monitoring.trackers import OpenTracker, Tracking
 from outgrow.storage import Storage
 from outgrow.trainers.progress import Progress
 
 
 class Records:
-    """The voice of rank 0; the other ranks are silent."""
+    """The voice of rank 0; the other ranks are silent.
 
-    def __init__(self, context: Context, storage: Storage, run_folder: str, steps: int) -> None:
-        self._context = context
+    What is said is queued: a thread writes it, hands it to ``context.report`` and to the trackers, each of which has a thread of
+    its own, where it is opened too.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        storage: Storage,
+        run_folder: str,
+        steps: int,
+        trackers: Mapping[str, OpenTracker] | None = None,
+    ) -> None:
+        self._attempt = context.attempt
         self._steps = steps
-        self._log = EventLog(storage, run_folder) if context.rank == 0 else None
+        self._log: EventLog | None = None
+        if context.rank == 0:
+            self._log = log = EventLog(storage, run_folder, [context.report, self._tell_trackers])
+            # Of a tracker that is gone the file speaks once: training goes on, and all of it can be rebuilt from the file.
+            self._tracking = Tracking(trackers or {}, lambda name, why: log.note(tracker=name, error=why))
+
+    @property
+    def dropped(self) -> int:
+        """Records that ``events.jsonl`` could not take."""
+        return self._log.dropped if self._log is not None else 0
 
     def say(self, kind: Literal["start", "step", "validation", "checkpoint", "end"], progress: Progress, **values: Any) -> None:
-        """One record; ``values`` are the fields of ``StepRecord`` that belong to its kind."""
+        """One record; ``values`` are the fields of ``StepRecord`` that belong to its kind. Nobody may change them later."""
         if self._log is None:
             return
-        record = StepRecord(
-            kind=kind,
-            attempt=self._context.attempt,
-            time=time.time(),
-            step=progress.step,
-            steps=self._steps,
-            epoch=progress.epoch,
-            tokens=progress.tokens,
-            **values,
+        self._log.write(
+            StepRecord(
+                kind=kind,
+                attempt=self._attempt,
+                time=time.time(),
+                step=progress.step,
+                steps=self._steps,
+                epoch=progress.epoch,
+                tokens=progress.tokens,
+                **values,
+            )
         )
-        self._log.write(record)
-        self._context.report(record)
 
     def close(self) -> None:
-        """Wait until what was said is written."""
+        """Wait until what was said is written, or the storage and the trackers have been waited for long enough."""
         if self._log is not None:
+            self._log.flush()
+            self._tracking.close()
             self._log.close()
+
+    def _tell_trackers(self, record: StepRecord) -> None:
+        self._tracking.tell(record)

@@ -1,8 +1,9 @@
 """A rank's record as a file of fixed size that is mapped into memory: the rank stores, others read, nobody waits.
 
-The file is one array of float64: a format number, a sequence number, then ``slots.SLOTS``. A writer makes the sequence
-number odd, stores, and makes it even again; a reader takes a copy between two equal even ones. A writer that was killed
-half-way leaves an odd number behind: what it left is read as it is.
+The file is an array of float64: a format number, a sequence number, then ``COPIES`` of ``slots.SLOTS``. The writer changes
+values of its own, puts them whole into the copy that is the oldest, and only then raises the sequence number, which says which
+copy is the newest. So a reader has until the writer comes round again, and a writer that is killed half-way leaves what it said
+before.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import TypeAlias
 
 from outgrow.monitoring.recording.slots import COUNTERS, FORMAT, SLOTS
 
-Slots: TypeAlias = "memoryview[float]"
+Slots: TypeAlias = "array.array[float]"
 
+COPIES = 4
 _FORMAT_AT, _SEQUENCE_AT, _FIRST = 0, 1, 2
-NUM_BYTES = 8 * (_FIRST + len(SLOTS))
+_SIZE = len(SLOTS)
+NUM_BYTES = 8 * (_FIRST + COPIES * _SIZE)
+_HEAD_BYTES = 8 * _FIRST
 _TRIES = 100
 
 
@@ -37,63 +41,72 @@ def rank_of(path: Path) -> int:
 class RankFile:
     """The writer's side: one process alone opens a record so."""
 
-    def __init__(self, path: Path, counters: Mapping[str, float]) -> None:
-        """A new record that goes on from ``counters``; gauges are NaN. Raises ``OSError``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = [counters.get(name, 0.0) for name in COUNTERS] + [math.nan] * (len(SLOTS) - len(COUNTERS))
-        # Made whole aside: where the disk is full, it fails here and not later, in the middle of a step.
-        aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_bytes(array.array("d", [float(FORMAT), 0.0, *values]).tobytes())
-        aside.replace(path)
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), NUM_BYTES)
-        self._all: Slots = memoryview(self._map).cast("d")
-        self.values: Slots = self._all[_FIRST:]
-        """The slots, at ``INDEX[name]``; store into them within ``writing`` alone."""
+    def __init__(self, path: Path | None, counters: Mapping[str, float]) -> None:
+        """A new record that goes on from ``counters``; gauges are NaN. Without a ``path`` it lies in memory, unseen by others.
+
+        Raises ``OSError``."""
+        self.values: Slots = array.array("d", [counters.get(name, 0.0) for name in COUNTERS])
+        """The slots, at ``INDEX[name]``; readers see a change once it is published."""
+        self.values.extend([math.nan] * (_SIZE - len(COUNTERS)))
+        content = array.array("d", [float(FORMAT), 0.0]) + self.values * COPIES
+        self._map = mmap.mmap(-1, NUM_BYTES) if path is None else _made(path, content.tobytes())
+        self._all = memoryview(self._map).cast("d")
+        self._copies = [self._all[_FIRST + _SIZE * number : _FIRST + _SIZE * (number + 1)] for number in range(COPIES)]
+        self._sequence = 0
 
     @contextmanager
     def writing(self) -> Iterator[Slots]:
         """The slots, for a change that readers see whole."""
-        self.begin()
-        try:
-            yield self.values
-        finally:
-            self.end()
+        yield self.values
+        self.publish()
 
-    def begin(self) -> None:
-        self._all[_SEQUENCE_AT] += 1.0
-
-    def end(self) -> None:
-        self._all[_SEQUENCE_AT] += 1.0
+    def publish(self) -> None:
+        """Show readers the values as they are now."""
+        self._sequence += 1
+        self._copies[self._sequence % COPIES][:] = memoryview(self.values)
+        self._all[_SEQUENCE_AT] = self._sequence
 
     def close(self) -> None:
-        self.values.release()
+        """Nothing can be published any more; the values stay."""
+        for copy in self._copies:
+            copy.release()
         self._all.release()
         self._map.close()
 
 
+def _made(path: Path, content: bytes) -> mmap.mmap:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Made whole aside: where the disk is full, it fails here and not later, in the middle of a step.
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(path)
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), NUM_BYTES)
+
+
 def read_record(path: Path) -> dict[str, float] | None:
     """Every slot by name; None where the file is gone, not whole, or of another version of outgrow."""
-    before = None
-    for _ in range(_TRIES):
-        before, after = _read(path), _read(path)
-        if before is None or after is None:
-            return None
-        if before[_SEQUENCE_AT] == after[_SEQUENCE_AT] and before[_SEQUENCE_AT] % 2 == 0:
-            break
-    return dict(zip(SLOTS, before[_FIRST:], strict=True)) if before else None
-
-
-def _read(path: Path) -> array.array[float] | None:
     try:
-        data = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            found = _newest_copy(file.fileno())
     except OSError:
         return None
-    if len(data) != NUM_BYTES:
-        return None
-    found = array.array("d")
-    found.frombytes(data)
-    return found if found[_FORMAT_AT] == FORMAT else None
+    return dict(zip(SLOTS, found, strict=True)) if found is not None else None
+
+
+def _newest_copy(descriptor: int) -> Slots | None:
+    for _ in range(_TRIES):
+        data, head = os.pread(descriptor, NUM_BYTES + 1, 0), os.pread(descriptor, _HEAD_BYTES, 0)
+        if len(data) != NUM_BYTES or len(head) != _HEAD_BYTES:
+            return None
+        found, later = array.array("d", data), array.array("d", head)
+        if found[_FORMAT_AT] != FORMAT:
+            return None
+        # The copy is whole unless the writer may have come round to it while it was read.
+        if later[_SEQUENCE_AT] - found[_SEQUENCE_AT] < COPIES - 1:
+            first = _FIRST + _SIZE * (int(found[_SEQUENCE_AT]) % COPIES)
+            return found[first : first + _SIZE]
+    return None
 
 
 def counters_of(record: Mapping[str, float]) -> dict[str, float]:

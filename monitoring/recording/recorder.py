@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from outgrow.monitoring.recording.rank_file import RankFile, Slots, counters_of, file_name, rank_of, read_record
@@ -31,11 +30,16 @@ from outgrow.monitoring.recording.slots import (
     State,
     Wall,
 )
-from outgrow.monitoring.recording.stall import stall_threshold_s
+from outgrow.monitoring.recording.stall import BETWEEN_STEPS_S, stall_threshold_s
 
 _PRODUCTIVE, _RECOMPUTE, _STALLED = (INDEX[f"wall_s.{kind}"] for kind in ("productive", "recompute", "stalled"))
-_BUCKET, _RECENT = INDEX["step_bucket.0"], INDEX["recent.0"]
-_PHASE_AT = tuple((phase, INDEX[f"phase_s.{phase}"]) for phase in PHASES)
+_THRESHOLD = INDEX["stall_threshold"]
+_STEPS, _TOKENS, _PADDING, _SAMPLES, _FLOPS = (INDEX[name] for name in ("steps", "tokens", "padding", "samples", "model_flops"))
+_STEP, _EPOCH, _FURTHEST, _LAST_STEP_TIME = (INDEX[name] for name in ("step", "epoch", "furthest", "last_step_time"))
+_OPEN_KIND, _OPEN_SINCE, _TOUCHED = (INDEX[name] for name in ("open_kind", "open_since", "touched"))
+_BUCKET, _STEP_SUM = INDEX["step_bucket.0"], INDEX["step_sum_s"]
+_RECENT, _RECENT_COUNT = INDEX["recent.0"], INDEX["recent_count"]
+_PHASE_AT = {phase: INDEX[f"phase_s.{phase}"] for phase in PHASES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +65,36 @@ class Before:
                 )
         return None
 
+    @classmethod
+    def of_counters(cls, when: float, counters: Mapping[str, Any]) -> Before | None:
+        """From what ``Recorder.counters`` gave at the Unix time ``when``; None where that is not what it was."""
+        known = {name: value for name, value in counters.items() if isinstance(value, int | float) and math.isfinite(value)}
+        if "first_start" not in known or "furthest" not in known:
+            return None
+        return cls(
+            counters={name: known.get(name, 0.0) for name in COUNTERS},
+            first_start=known["first_start"],
+            touched=when,
+            furthest=int(known["furthest"]),
+        )
+
 
 class Recorder:
     """The record of one rank in one start of a run. Its methods cost some microseconds and never raise for the disk's sake."""
 
-    def __init__(self, folder: Path, rank: int, *, launched: float, before: Before | None, stall_after_s: float) -> None:
-        """The record ``rank-*.rec`` in the attempt's ``folder``, in the state ``starting``.
+    def __init__(self, folder: Path | None, rank: int, *, launched: float, before: Before | None, stall_after_s: float) -> None:
+        """The record ``rank-*.rec`` in the attempt's ``folder``, in the state ``starting``; in memory alone without a folder.
 
         ``launched`` is the Unix time at which the command began that started the ranks: what lies between an earlier start and
         it is ``idle``, what lies between it and now is ``init``. Raises ``OSError``.
         """
         now = time.time()
-        self._file = RankFile(folder / file_name(rank), before.counters if before else {})
+        self._file = RankFile(folder / file_name(rank) if folder else None, before.counters if before else {})
         self._values = self._file.values
         self._stall_after_s = stall_after_s
         self._recent: list[float] = []
+        self._sorted: list[float] = []
+        self._stepping = False
         self._waited_s = 0.0
         self._since = time.monotonic()
         self._kind: Wall = "init"
@@ -99,12 +118,14 @@ class Recorder:
         with self._file.writing() as values:
             values[INDEX[f"wall_s.{self._kind}"]] += self._take_interval()
             values[INDEX["stepping"]] = 0
+            self._stepping = False
             self._kind = kind
             self._open(values, time.time())
 
     def enter_steps(self) -> None:
         """From here on the time is that of steps, each of which ends with ``step``."""
         self.enter("productive")
+        self._stepping = True
         self.set(stepping=1, state=STATES.index("running"))
 
     def step(
@@ -119,27 +140,26 @@ class Recorder:
     ) -> None:
         """A step is done, ``step`` of them in all; counts are of the global batch. Asks the system for the time alone."""
         values = self._values
-        self._file.begin()
-        values[INDEX["steps"]] += 1
-        values[INDEX["tokens"]] += tokens
-        values[INDEX["padding"]] += padding
-        values[INDEX["samples"]] += samples
-        values[INDEX["model_flops"]] += flops
-        again = step <= values[INDEX["furthest"]]
+        values[_STEPS] += 1
+        values[_TOKENS] += tokens
+        values[_PADDING] += padding
+        values[_SAMPLES] += samples
+        values[_FLOPS] += flops
+        again = step <= values[_FURTHEST]
         interval = self._take_interval()
-        computing = min(interval, stall_threshold_s(self._stall_after_s, median(self._recent) if self._recent else None))
+        computing = min(interval, values[_THRESHOLD])  # as it was said when the step began: who watches has counted by it
         waited = min(self._waited_s, computing)
         self._waited_s -= waited
         values[_STALLED] += interval - computing + waited
         values[_RECOMPUTE if again else _PRODUCTIVE] += computing - waited
         if not again:
-            values[INDEX["furthest"]] = step
+            values[_FURTHEST] = step
         now = time.time()
-        values[INDEX["step"]] = step
-        values[INDEX["epoch"]] = epoch
-        values[INDEX["last_step_time"]] = now
+        values[_STEP] = step
+        values[_EPOCH] = epoch
+        values[_LAST_STEP_TIME] = now
         self._open(values, now)
-        self._file.end()
+        self._file.publish()
 
     def times(self, phases: Mapping[Phase, float], step_s: float) -> None:
         """What one step took, in seconds: known before ``step`` tells that it is done, or on a device some steps later.
@@ -147,20 +167,30 @@ class Recorder:
         Waiting for data counts as stalled, from the next ``step`` on.
         """
         values = self._values
-        self._file.begin()
-        for phase, slot in _PHASE_AT:
-            values[slot] += phases.get(phase, 0.0)
+        for phase, seconds in phases.items():
+            values[_PHASE_AT[phase]] += seconds
         values[_BUCKET + bisect_left(STEP_BUCKETS_S, step_s)] += 1
-        values[INDEX["step_sum_s"]] += step_s
-        count = int(values[INDEX["recent_count"]])
+        values[_STEP_SUM] += step_s
+        count = int(values[_RECENT_COUNT])
         values[_RECENT + count % RECENT_STEPS] = step_s
-        values[INDEX["recent_count"]] = count + 1
+        values[_RECENT_COUNT] = count + 1
         if count < RECENT_STEPS:
             self._recent.append(step_s)
         else:
+            del self._sorted[bisect_left(self._sorted, self._recent[count % RECENT_STEPS])]
             self._recent[count % RECENT_STEPS] = step_s
+        insort(self._sorted, step_s)
         self._waited_s += phases.get("data_wait", 0.0)
-        self._file.end()
+        self._file.publish()
+
+    def open_s(self) -> float:
+        """Seconds that the open step, or what goes on between steps, has taken so far. Any thread may ask."""
+        return time.monotonic() - self._since
+
+    def threshold_s(self) -> float:
+        """Seconds from which on that counts as a stall. Any thread may ask."""
+        threshold = self._values[_THRESHOLD]
+        return threshold if self._stepping else max(threshold, BETWEEN_STEPS_S)
 
     # --- the rest -------------------------------------------------------------------------------------------------------
 
@@ -202,23 +232,34 @@ class Recorder:
             values[INDEX["state"]] = STATES.index(state)
         self._file.close()
 
+    def _median_s(self) -> float | None:
+        """As ``statistics.median``, of a list that is in order already."""
+        recent = self._sorted
+        middle = len(recent) // 2
+        if not recent:
+            return None
+        return recent[middle] if len(recent) % 2 else (recent[middle - 1] + recent[middle]) / 2
+
     def _take_interval(self) -> float:
         now = time.monotonic()
         interval, self._since = now - self._since, now
         return interval
 
     def _open(self, values: Slots, now: float) -> None:
-        values[INDEX["open_kind"]] = WALL.index(self._kind)
-        values[INDEX["open_since"]] = self._since
-        values[INDEX["touched"]] = now
+        values[_OPEN_KIND] = WALL.index(self._kind)
+        values[_OPEN_SINCE] = self._since
+        values[_TOUCHED] = now
+        values[_THRESHOLD] = stall_threshold_s(self._stall_after_s, self._median_s())
 
 
 def start_ticks(pid: int) -> float:
-    """When a process was started, in clock ticks since boot; NaN where there is no such process."""
+    """When a process was started, in clock ticks since boot; NaN where no such process runs."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name, in brackets, may hold anything: what comes after its last bracket is plain.
-            return float(file.read().rpartition(b")")[2].split()[19])
+            fields = file.read().rpartition(b")")[2].split()
+        # One that has ended stays in the list until its parent has asked how.
+        return math.nan if fields[0] in (b"Z", b"X") else float(fields[19])
     except OSError:
         return math.nan
 

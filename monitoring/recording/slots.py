@@ -65,6 +65,7 @@ GAUGES = (
     "open_kind",  # index into WALL: what the time since open_since goes to
     "open_since",  # seconds of the monotonic clock
     "stepping",  # 1 while that is a step, 0 while it is something between steps
+    "stall_threshold",  # seconds from open_since on after which a step counts as stalled; what it is known by, and credited by
     "step",  # finished steps
     "furthest",  # the most finished steps that any start of the run has come to
     "epoch",

@@ -8,6 +8,9 @@ from statistics import median
 from outgrow.monitoring.recording.slots import RECENT_STEPS
 
 TIMES_MEDIAN = 5.0
+BETWEEN_STEPS_S = 600.0
+"""What goes on between steps (a model is filled, a checkpoint copied, held-out rows read) is stalled after this long at the
+soonest."""
 
 
 def recent_steps(record: Mapping[str, float]) -> list[float]:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from outgrow.recipes.schema.options import Secret
 from outgrow.recipes.schema.section import Mark, Section
 
 Location = Annotated[str, Mark.LOCATION]
-Secret = Annotated[str, Mark.SECRET]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,6 +44,12 @@ class RemoteWrite(Section):
     """User of HTTP basic authentication there; empty for none."""
     password_file: Location = ""
     """File with the password alone, mode 0600."""
+    certificate: Location = ""
+    """PEM file of the receiver's certificate, or of who issued it; empty where the system trusts it anyway."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if bool(self.user) != bool(self.password_file):
+            yield "password_file" if self.user else "user", "user and password_file go together; give both or none"
 
 
 class Monitoring(Section):
@@ -72,6 +78,8 @@ class Monitoring(Section):
     """Seconds without a live run after which an agent ends by itself, unless ``outgrow monitor up`` keeps it."""
     stall_after_s: float = Field(default=60, gt=0)
     """Seconds without a finished step after which a run is stalled, or five times its median step where that is longer."""
+    scrape_s: int = Field(default=15, ge=1)
+    """Seconds between two scrapes; rules are evaluated as often."""
     keep_days: int = Field(default=30, ge=1)
     """Days that Prometheus keeps samples."""
     receive: bool = False

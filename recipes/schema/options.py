@@ -24,6 +24,19 @@ Options = Annotated[dict[str, Annotated[Value, Mark.SECRET]], AfterValidator(_hi
 """Options by name; a text whose name sounds like a secret is one."""
 
 
+def _hidden(text: str | SecretStr) -> SecretStr:
+    return SecretStr(text) if isinstance(text, str) else text
+
+
+Secret = Annotated[str | SecretStr, AfterValidator(_hidden), Mark.SECRET]
+"""A text that may be a secret, such as a URL with a password in it; out of sight, given or taken from the environment."""
+
+
+def clear_text(secret: str | SecretStr) -> str:
+    """A secret IN CLEAR; never print or write it where others can read it."""
+    return secret.get_secret_value() if isinstance(secret, SecretStr) else secret
+
+
 def without_credentials(url: str) -> str:
     """A path or URL for people: a user and password before its host do not show."""
     return re.sub("://[^/@]+@", "://***@", url)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from outgrow.errors import SiteError
 from outgrow.recipes.schema.monitoring import Monitoring, Prices
-from outgrow.recipes.schema.options import Options, Value, in_clear
+from outgrow.recipes.schema.options import Options, Value, clear_text, in_clear
 from outgrow.recipes.schema.section import Mark, Section
 from outgrow.recipes.schema.tiers import Placement, Tier, tier_rules
 from outgrow.storage import Storage
@@ -91,6 +91,9 @@ class Site(Section):
         """Plain data with secrets IN CLEAR, for handing to a worker in memory; never print or write it."""
         data = self.model_dump(mode="json", by_alias=True)
         data["storage_options"] = in_clear(self.storage_options)
+        data["monitoring"]["alert_webhook"] = clear_text(self.monitoring.alert_webhook)
+        if self.monitoring.remote_write is not None:
+            data["monitoring"]["remote_write"]["url"] = clear_text(self.monitoring.remote_write.url)
         for tier, own in zip(data["tiers"], self.tiers, strict=True):
             tier["options"] = in_clear(own.options)
         return data

@@ -8,6 +8,7 @@ JSON.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -36,11 +37,17 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The record that ``to_dict`` wrote. Raises ``KeyError``/``TypeError`` on missing or unknown fields."""
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
             raise TypeError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")
         return cls(**{name: _revive(hints[name], value) for name, value in data.items()})
+
+
+@functools.cache
+def _hints(cls: type[Record]) -> dict[str, Any]:
+    """The types of the fields; asked for each record anew they took most of the time of reading an ``events.jsonl``."""
+    return typing.get_type_hints(cls)
 
 
 def _revive(hint: Any, value: Any) -> Any:

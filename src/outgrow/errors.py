@@ -8,7 +8,8 @@
     │   ├── ModelError            architectures, weight folders, tokenizers that do not belong to a model
     │   ├── PlanError             what cannot fit or start, refused before a device is touched
     │   ├── RunError              run folders: in use, changed recipe, nothing to resume
-    │   └── ClusterError          no cluster at the address, no token, no capacity
+    │   ├── ClusterError          no cluster at the address, no token, no capacity
+    │   └── MonitorError          Prometheus, Alertmanager, Grafana or the node agent cannot start or be asked
     ├── IntegrityError            bytes that differ from their digest; never trusted, never skipped in silence
     │   └── ShardError            a shard of the training rows that no place has whole
     ├── RestartError              a fault that a rank has dealt with: started again, the ranks go on without it
@@ -99,6 +100,10 @@ class RunError(UserError):
 
 class ClusterError(UserError):
     """The Ray cluster is missing, closed to us, or too small."""
+
+
+class MonitorError(UserError):
+    """Prometheus, Alertmanager, Grafana or the node agent cannot start or be asked."""
 
 
 class IntegrityError(OutgrowError):

@@ -1,29 +1,21 @@
-"""A report as one HTML page that loads nothing: every text is escaped, and only the page's own two scripts may run.
-
-The second guard is the page's security policy: it names the sha256 of the two scripts, so that a script which slipped through
-would not run, and allows no address to be loaded from.
-"""
+"""The report of a dataset as a page: its tables, its plots and what it says beside them."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from outgrow.contracts import DatasetCard
+from outgrow.html_page import Figure, Table, render_page, short, visible
 from outgrow.recipes.schema import Recipe
 from outgrow.streaming.report import plots, samples
 from outgrow.streaming.report.advice import MOST_TOKENS_A_WORD, advice, tokens_a_word
 from outgrow.streaming.report.clusters import Cluster
 from outgrow.streaming.report.facts import HELD_OUT, TRAINED, IndexFigures, MixPart, StreamFacts
 from outgrow.streaming.report.samples import LanguageFigures, Shown, StreamSample
-from outgrow.streaming.report.template import PAGE, SCRIPT, STYLE
+from outgrow.streaming.report.template import BODY
 
-Table = list[tuple[str, ...]]
 _NAMED_CHARS = 160
 """As much is shown of what names a document."""
 
@@ -42,21 +34,12 @@ class Facts:
 
 def render(facts: Facts, card: DatasetCard, recipe: Recipe) -> str:
     """The page."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
-
-    plotly = str(get_plotlyjs())
     languages = all_languages(facts.samples)
     fertility = {code: value for code, own in languages.items() if code and (value := tokens_a_word(code, own)) is not None}
-    figures = _figures(facts, card, fertility)
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
-    return page.render(
-        hashes=Markup(f"'sha256-{_sha256(plotly)}' 'sha256-{_sha256(SCRIPT)}'"),
-        style=Markup(STYLE),
-        script=Markup(SCRIPT),
-        plotly=Markup(plotly),
-        figures=Markup(_json(figures)),
+    return render_page(
+        f"Data of {recipe.run.name}",
+        BODY,
+        _figures(facts, card, fertility),
         run=recipe.run.name,
         dataset=card.store,
         tiles=_tiles(facts, card),
@@ -77,7 +60,7 @@ def render(facts: Facts, card: DatasetCard, recipe: Recipe) -> str:
     )
 
 
-def _figures(facts: Facts, card: DatasetCard, fertility: Mapping[str, float]) -> dict[str, Any]:
+def _figures(facts: Facts, card: DatasetCard, fertility: Mapping[str, float]) -> dict[str, Figure]:
     """The plots by the id of their place in the page; those that would show nothing are left out."""
     figures = {
         "tokens": plots.tokens_by_outcome(facts.streams),
@@ -114,13 +97,13 @@ def _tiles(facts: Facts, card: DatasetCard) -> list[tuple[str, str]]:
     dropped = sum(count for stream in facts.streams for count in stream.dropped.values())
     run = facts.mix[-1]
     return [
-        (_short(card.tokens).strip(), "tokens to train on"),
+        (short(card.tokens).strip(), "tokens to train on"),
         (f"{documents:,}", "documents"),
         (f"{card.rows:,}", f"rows of {card.sequence_length:,}"),
         (f"{card.fill:.1%}", "of them filled"),
         (f"{dropped:,}", "documents dropped"),
-        (_short(sum(stream.tokens.get(HELD_OUT, 0) for stream in facts.streams)).strip(), "tokens held out"),
-        (_short(sum(run.tokens.values())).strip(), f"tokens of the run, {run.steps:,} step{'s' * (run.steps != 1)}"),
+        (short(sum(stream.tokens.get(HELD_OUT, 0) for stream in facts.streams)).strip(), "tokens held out"),
+        (short(sum(run.tokens.values())).strip(), f"tokens of the run, {run.steps:,} step{'s' * (run.steps != 1)}"),
     ]
 
 
@@ -136,7 +119,7 @@ def _streams(streams: Sequence[StreamFacts]) -> Table:
                 f"{stream.learned:.1%}",
                 f"{stream.documents.get(HELD_OUT, 0):,}",
                 f"{sum(stream.dropped.values()):,}",
-                f"{_short(stream.built.source_bytes)}B",
+                f"{short(stream.built.source_bytes)}B",
             )
         )
     return rows
@@ -148,7 +131,7 @@ def _drops(streams: Sequence[StreamFacts]) -> Table:
         for reason, count in sorted(stream.dropped.items(), key=lambda item: -item[1]):
             named = [f"{line.source}: {line.detail}" if line.detail else line.source for line in stream.examples[reason]]
             tokens = f"{stream.tokens[reason]:,}" if reason in stream.tokens else "—"
-            rows.append((stream.name, reason, f"{count:,}", tokens, "\n".join(_visible(one[:_NAMED_CHARS]) for one in named)))
+            rows.append((stream.name, reason, f"{count:,}", tokens, "\n".join(visible(one[:_NAMED_CHARS]) for one in named)))
     return rows
 
 
@@ -177,7 +160,7 @@ def _mix(parts: Sequence[MixPart], names: Sequence[str]) -> Table:
     for part in parts:
         whole = sum(part.tokens.values())
         cells = (f"{part.tokens[name] / max(1, whole):.1%} · {part.passes[name]:.2f}×" for name in names)
-        rows.append((part.name, f"{part.steps:,}", _short(whole).strip(), *cells))
+        rows.append((part.name, f"{part.steps:,}", short(whole).strip(), *cells))
     return rows
 
 
@@ -210,13 +193,13 @@ def _fertility(languages: Mapping[str, LanguageFigures], fertility: Mapping[str,
 def _cluster(own: Cluster) -> dict[str, Any]:
     more = own.size - len(own.examples)
     return {
-        "kept": _visible(own.kept),
+        "kept": visible(own.kept),
         "kept_stream": own.kept_stream,
         "held_out": own.held_out,
-        "beginning": _visible(" ".join(own.beginning.split())),
+        "beginning": visible(" ".join(own.beginning.split())),
         "size": f"{own.size:,}",
         "why": "\n".join(f"{count:,} {reason}" for reason, count in own.reasons.items()),
-        "examples": _visible(", ".join(own.examples)) + (f" and {more:,} more" if more else ""),
+        "examples": visible(", ".join(own.examples)) + (f" and {more:,} more" if more else ""),
     }
 
 
@@ -235,38 +218,7 @@ def _cleaning(streams: Sequence[StreamFacts]) -> Table:
 
 
 def _shown(own: Shown) -> dict[str, Any]:
-    parts = [(label, [{"text": _visible(p.text), "weight": p.weight} for p in pieces]) for label, pieces in own.parts]
+    parts = [(label, [{"text": visible(p.text), "weight": p.weight} for p in pieces]) for label, pieces in own.parts]
     all_learned = all(piece.weight == 1 for _, pieces in own.parts for piece in pieces)
     notes = [f"{own.tokens:,} tokens", *["its beginning"] * own.cut, *["all of it is learned"] * all_learned]
-    return {"source": _visible(own.source), "note": ", ".join(notes), "parts": parts, "all_learned": all_learned}
-
-
-# --- forms ------------------------------------------------------------------------------------------------------------
-
-
-def _short(count: float) -> str:
-    """A count in three figures, with its unit after a space."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= 0.9995 * size:  # what rounds to 1,000 belongs to the next unit
-            return f"{count / size:.3g} {unit}"
-    return f"{count:,.0f} "
-
-
-def _visible(text: str) -> str:
-    """The text with what would be invisible, or turn the direction of writing, spelled out."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs") else _named(char) for char in text
-    )
-
-
-def _named(char: str) -> str:
-    return f"⟨U+{ord(char):04X}⟩"
-
-
-def _json(value: Any) -> str:
-    """JSON that may stand within a script element: nothing in it can end one."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"source": visible(own.source), "note": ", ".join(notes), "parts": parts, "all_learned": all_learned}

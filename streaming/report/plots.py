@@ -6,14 +6,12 @@ Colours of text, lines and background are left to the page's style, which knows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
+from outgrow.html_page import MARKED, PALETTE, Figure, figure
 from outgrow.streaming.report.facts import HELD_OUT, TRAINED, IndexFigures, MixPart, StreamFacts
 from outgrow.streaming.report.samples import StreamSample
 
-Figure: TypeAlias = dict[str, Any]
-
-PALETTE = ("#4a86c5", "#d98a3d", "#55a388", "#b678b8", "#c9aa3c", "#c9605d", "#6cb3cf", "#8d83c9", "#9aa357", "#b08068")
 OUTCOMES = {
     TRAINED: "#4a86c5",
     HELD_OUT: "#6cb3cf",
@@ -36,7 +34,6 @@ UNKNOWN = "not known"
 _SHARES = {"range": [0, 1.02], "tickformat": ".0%", "dtick": 0.2}
 _BAR = 34
 """Height of a bar with its gap, pixels."""
-_ROW_LENGTH = "#c9605d"
 
 
 def documents_by_outcome(streams: Sequence[StreamFacts]) -> Figure:
@@ -84,12 +81,12 @@ def lengths(streams: Sequence[StreamFacts], row_lengths: Sequence[int]) -> Figur
             "y0": 0,
             "y1": 1,
             "yref": "paper",
-            "line": {"color": _ROW_LENGTH, "dash": "dot", "width": 1.5},
+            "line": {"color": MARKED, "dash": "dot", "width": 1.5},
             "label": {"text": f"row {length:,}", "textposition": "end", "textangle": 0, "yanchor": "bottom"},
         }
         for length in row_lengths
     ]
-    return _figure(data, 120 * len(streams) + 110, **layout)
+    return figure(data, 120 * len(streams) + 110, **layout)
 
 
 def rows(indexes: Sequence[IndexFigures]) -> Figure:
@@ -134,9 +131,9 @@ def languages(samples: Sequence[StreamSample]) -> Figure:
 
 def fertility(found: Mapping[str, float], most: float) -> Figure:
     """Tokens a word by language, with the limit of waste marked."""
-    figure = _bars(list(found), [("tokens a word", PALETTE[0], list(found.values()))], ".2f", showlegend=False)
-    figure["layout"]["xaxis"]["range"] = [0, max([most * 1.15, *(value * 1.05 for value in found.values())])]
-    figure["layout"]["shapes"] = [
+    plot = _bars(list(found), [("tokens a word", PALETTE[0], list(found.values()))], ".2f", showlegend=False)
+    plot["layout"]["xaxis"]["range"] = [0, max([most * 1.15, *(value * 1.05 for value in found.values())])]
+    plot["layout"]["shapes"] = [
         {
             "type": "line",
             "x0": most,
@@ -144,12 +141,12 @@ def fertility(found: Mapping[str, float], most: float) -> Figure:
             "y0": 0,
             "y1": 1,
             "yref": "paper",
-            "line": {"color": _ROW_LENGTH, "dash": "dot", "width": 1.5},
+            "line": {"color": MARKED, "dash": "dot", "width": 1.5},
             "label": {"text": f"waste from {most:g}", "textposition": "end", "textangle": 0, "yanchor": "bottom"},
         }
     ]
-    figure["layout"]["margin"]["t"] = 24
-    return figure
+    plot["layout"]["margin"]["t"] = 24
+    return plot
 
 
 def cleaning(streams: Sequence[StreamFacts]) -> Figure:
@@ -184,9 +181,7 @@ def cluster_sizes(sizes: Sequence[tuple[int, int]]) -> Figure:
         }
     ]
     axis = {"type": "log", "title": {"text": "clusters"}, "tickformat": "~s", "dtick": 1}
-    return _figure(
-        data, 260, xaxis={"type": "category", "title": {"text": "documents that went"}}, yaxis=axis, showlegend=False
-    )
+    return figure(data, 260, xaxis={"type": "category", "title": {"text": "documents that went"}}, yaxis=axis, showlegend=False)
 
 
 def mix(parts: Sequence[MixPart], names: Sequence[str]) -> Figure:
@@ -231,27 +226,4 @@ def _bars(
     ]
     names = {"autorange": "reversed", "type": "category", "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
     height = len(labels) * (_BAR + 16 * (bars - 1)) + 96
-    return _figure(data, height, **{"bargap": 0.35, "xaxis": {}, **layout, "yaxis": names})
-
-
-def _figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:
-    axes = {
-        name: {**axis, "automargin": True, "fixedrange": True, "zeroline": False}
-        | ({"title": {**axis["title"], "font": {"size": 13}}} if "title" in axis else {})
-        for name, axis in layout.items()
-        if name.startswith(("xaxis", "yaxis"))
-    }
-    return {
-        "data": data,
-        "layout": {
-            "height": height,
-            "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"family": "system-ui, sans-serif", "size": 13},
-            "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-            "hoverlabel": {"bgcolor": "#20242c", "bordercolor": "#20242c", "font": {"color": "#ffffff"}},
-            **layout,
-            **axes,
-        },
-    }
+    return figure(data, height, **{"bargap": 0.35, "xaxis": {}, **layout, "yaxis": names})

@@ -111,7 +111,10 @@ def test_train_joins_the_head_and_a_ranks_error_is_the_users_error(place: Place,
 def test_ray_job_submit_runs_the_quickstart_from_a_working_directory(place: Place, server: str) -> None:
     """The very command of the documentation, made small by overrides."""
     site = place.folder / "quick.yaml"
-    site.write_text(f"schema: 1\nstorage: {place.folder}/quick\ncache: {place.folder}/cache\nworkers: 2\n")
+    site.write_text(
+        f"schema: 1\nstorage: {place.folder}/quick\ncache: {place.folder}/cache\nworkers: 2\n"
+        f"monitoring: {{agent: false, folder: {place.folder}/monitoring}}\n"
+    )
     small = [
         *("duration.steps=3", "data.sequence_length=32", "data.tokenizer.vocab_size=300", "validation.max_rows=4"),
         *("data.streams[0].source.include=[json/*.py]", "model.config.hidden_size=32", "model.config.num_hidden_layers=1"),

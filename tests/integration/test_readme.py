@@ -50,6 +50,7 @@ def workplace(tmp_path: Path) -> Path:
         "schema": 1,
         "storage": str(tmp_path / "storage"),
         "cache": str(tmp_path / "cache"),
+        "monitoring": {"agent": False, "folder": str(tmp_path / "monitoring")},
         "sources": {"python-stdlib": str(tmp_path / "library")},
     }
     (config / "site.yaml").write_text(yaml.safe_dump(site))

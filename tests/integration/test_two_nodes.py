@@ -33,6 +33,7 @@ cache: cache
 workers: 2
 threads_per_worker: 1
 build_processes: 1
+monitoring: {{agent: false, folder: monitoring}}
 """
 
 

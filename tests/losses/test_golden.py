@@ -85,6 +85,7 @@ def losses(folder: Path) -> dict[str, object]:
             "cache": str(folder / "cache"),
             "sources": {name: str(folder / name) for name in ("prose", "lists")},
             "build_processes": 1,
+            "monitoring": {"agent": False, "folder": str(folder / "monitoring")},
         }
     )
     run = RunRef(name="golden", folder="runs/golden", fingerprint="golden")

@@ -14,6 +14,7 @@ from torch import nn
 
 from outgrow.contracts import Batch, StepRows
 from outgrow.recipes.schema.training import AdamW
+from outgrow.trainers.engines import unmarked
 from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.engines.forward import to_device
 from outgrow.trainers.regions import Region, local_part
@@ -110,7 +111,7 @@ def test_checkpoint_tensors_are_views_of_what_is_trained() -> None:
 def test_a_rank_without_rows_adds_nothing() -> None:
     case = Case()
     engine = born_engine(case)
-    engine.accumulate(batch([], LENGTH), 10.0)
+    engine.accumulate(batch([], LENGTH), 10.0, unmarked)
     sums = engine.finish()
     assert (sums.loss.item(), sums.grad_norm.item()) == (0.0, 0.0)
 

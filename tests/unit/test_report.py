@@ -16,6 +16,7 @@ from lxml import html
 from text_recipes import make_recipe, make_site
 
 from outgrow.contracts import DatasetCard
+from outgrow.html_page import visible
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.streaming.build import build
@@ -23,7 +24,6 @@ from outgrow.streaming.report import make_report, samples
 from outgrow.streaming.report.clusters import biggest_clusters, cluster_sizes
 from outgrow.streaming.report.facts import look_through, mix_parts, stream_facts
 from outgrow.streaming.report.lengths import Lengths
-from outgrow.streaming.report.page import _visible
 from outgrow.streaming.row_files import DroppedTable
 from outgrow.streaming.selection import REASONS
 from outgrow.streaming.tiers.on_demand import open_dataset
@@ -128,7 +128,7 @@ def test_hostile_text_is_text(tree: Any, page: str) -> None:
     assert "alert(1)" in before_scripts  # it is in a sample, so the test tests something
     assert "<script>alert" not in page and "<img" not in page and "evil.example/'>" not in before_scripts
     shown = [pre.text_content() for pre in tree.iter("pre")]
-    assert any(_visible(HOSTILE) in text for text in shown)
+    assert any(visible(HOSTILE) in text for text in shown)
     assert any("⟨U+202E⟩" in text for text in shown) and "\u202e" not in page
     assert any("{{ 7*7 }}" in text for text in shown)
     assert "<b onclick=x>&amp.jsonl#" in tree.text_content() and not tree.xpath("//b[@onclick]")
@@ -142,8 +142,8 @@ def test_figures_cannot_end_their_script(tree: Any) -> None:
 
 
 def test_hidden_characters_are_spelled_out() -> None:
-    assert _visible("a\x00b\u200b\u202ec\n\td\ud800") == "a⟨U+0000⟩b⟨U+200B⟩⟨U+202E⟩c\n\td⟨U+D800⟩"
-    assert _visible("Ёлка 山 é 👍") == "Ёлка 山 é 👍"
+    assert visible("a\x00b\u200b\u202ec\n\td\ud800") == "a⟨U+0000⟩b⟨U+200B⟩⟨U+202E⟩c\n\td⟨U+D800⟩"
+    assert visible("Ёлка 山 é 👍") == "Ёлка 山 é 👍"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ PATIENCE_S = 1800.0
 class SaveResult:
     """How one save went. ``ref`` on rank 0 alone, None where nothing was committed; ``error`` empty where all went well.
 
-    ``bytes`` is what this rank wrote; ``copy_s`` is what the loop waited, the other stages ran behind it. An ``error`` beside a
+    ``bytes`` is what this rank wrote; ``copy_s`` is what the loop waited, the other stages ran behind it. ``ended`` is Unix
+    seconds. An ``error`` beside a
     ``ref`` says that old checkpoints could not be removed.
     """
 
@@ -40,6 +41,7 @@ class SaveResult:
     copy_s: float
     write_s: float
     commit_s: float
+    ended: float
 
 
 @dataclass
@@ -146,6 +148,7 @@ class Checkpointer:
                 copy_s=progress.copy_s,
                 write_s=progress.write_s,
                 commit_s=progress.commit_s,
+                ended=time.time(),
             )
         )
 

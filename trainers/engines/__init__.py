@@ -8,14 +8,14 @@ import torch
 
 from outgrow.contracts import Layout
 from outgrow.recipes.schema import Recipe
-from outgrow.trainers.engines.engine import Engine, StepSums
+from outgrow.trainers.engines.engine import Engine, Mark, StepSums, unmarked
 from outgrow.trainers.engines.fsdp2 import Fsdp2Engine
 from outgrow.trainers.engines.plain import PlainEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Engine", "StepSums", "make_engine"]
+__all__ = ["Engine", "Mark", "StepSums", "make_engine", "unmarked"]
 
 
 def make_engine(layout: Layout, recipe: Recipe, model: PreTrainedModel, device: torch.device) -> Engine:

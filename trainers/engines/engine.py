@@ -6,13 +6,22 @@ decides when to pay for reading a number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from outgrow.contracts import Batch
+from outgrow.monitoring.recording.slots import Phase
 from outgrow.trainers.regions import TensorSource
+
+Mark: TypeAlias = Callable[[Phase], None]
+"""Called where a phase of a step begins."""
+
+
+def unmarked(phase: Phase) -> None:
+    """The ``Mark`` of who does not ask how long phases take."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +39,11 @@ class StepSums:
 class Engine(Protocol):
     """One rank's part of a model in training. Every method but ``tensors`` is called by all ranks in the same order."""
 
-    def accumulate(self, batch: Batch, global_weight: float) -> None:
+    def accumulate(self, batch: Batch, global_weight: float, mark: Mark) -> None:
         """Add the gradient of ``sum(weights * nll) / global_weight`` of one micro-batch.
 
-        Called ``Layout.accumulation`` times a step, ``global_weight`` being that of the whole step.
+        Called ``Layout.accumulation`` times a step, ``global_weight`` being that of the whole step. ``mark("backward")`` is
+        called between the forward pass and the backward pass.
         """
 
     def finish(self) -> StepSums:

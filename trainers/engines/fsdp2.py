@@ -21,7 +21,7 @@ from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.training import Fsdp2
 from outgrow.trainers.engines.activations import checkpoint_activations
 from outgrow.trainers.engines.adamw import NamedAdamW
-from outgrow.trainers.engines.engine import StepSums
+from outgrow.trainers.engines.engine import Mark, StepSums
 from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.models.families import blocks
@@ -50,11 +50,12 @@ class Fsdp2Engine:
         self._grad_norm = torch.zeros((), device=device)
         self._micro_batches = 0
 
-    def accumulate(self, batch: Batch, global_weight: float) -> None:
+    def accumulate(self, batch: Batch, global_weight: float, mark: Mark) -> None:
         self._micro_batches += 1
         self._model.train()
         self._root.set_requires_all_reduce(self._micro_batches == self._accumulation)
         loss = batch_nll(self._model, to_device(batch, self._device)) / global_weight
+        mark("backward")
         torch.autograd.backward(loss)
         self._loss = self._loss + loss.detach()
 

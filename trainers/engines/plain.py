@@ -17,7 +17,7 @@ from outgrow.contracts import Batch
 from outgrow.recipes.schema import Recipe
 from outgrow.trainers.engines.activations import checkpoint_activations
 from outgrow.trainers.engines.adamw import NamedAdamW
-from outgrow.trainers.engines.engine import StepSums
+from outgrow.trainers.engines.engine import Mark, StepSums
 from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.models.families import blocks
@@ -41,9 +41,10 @@ class PlainEngine:
         self._loss = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
 
-    def accumulate(self, batch: Batch, global_weight: float) -> None:
+    def accumulate(self, batch: Batch, global_weight: float, mark: Mark) -> None:
         self._model.train()
         loss = batch_nll(self._model, to_device(batch, self._device)) / global_weight
+        mark("backward")
         torch.autograd.backward(loss)
         self._loss = self._loss + loss.detach()
 

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from outgrow.contracts import Batch, Layout
 from outgrow.errors import TrainingError
 from outgrow.recipes.schema import Recipe
-from outgrow.trainers.engines import make_engine
+from outgrow.trainers.engines import make_engine, unmarked
 from outgrow.trainers.models.build import checked_config, folder_config, meta_model
 from outgrow.trainers.models.initialise import SeededWeights
 
@@ -43,7 +43,7 @@ def measure(config: PretrainedConfig, *, world: int, rank: int) -> dict[str, flo
     )
     engine = make_engine(layout, _recipe(config.model_type), meta_model(config, "fp64"), torch.device("cpu"))
     engine.load_model(SeededWeights(config, 0))
-    engine.accumulate(_rows(TOKENS[rank::world]), global_weight=len(TOKENS) * LENGTH)
+    engine.accumulate(_rows(TOKENS[rank::world]), len(TOKENS) * LENGTH, unmarked)
     sums = engine.finish()
     return {"loss": float(engine.reduce_sum(sums.loss)), "grad_norm": float(sums.grad_norm)}
 

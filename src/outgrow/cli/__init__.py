@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outgrow import __version__
-from outgrow.cli import data, model, plan, quickstart, recipe, runs, site, tiers, train
+from outgrow.cli import data, model, monitor, plan, quickstart, recipe, report, runs, site, tiers, top, train
 from outgrow.errors import OutgrowError, UserError
 
 app = typer.Typer(
@@ -20,12 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for name, part in (("recipe", recipe), ("site", site), ("data", data), ("tiers", tiers), ("runs", runs), ("model", model)):
+for name, part in (
+    ("recipe", recipe),
+    ("site", site),
+    ("data", data),
+    ("tiers", tiers),
+    ("runs", runs),
+    ("monitor", monitor),
+    ("model", model),
+):
     app.add_typer(part.app, name=name)
 app.command("quickstart")(quickstart.quickstart)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("submit")(train.submit)
+app.command("report")(report.report)
+app.command("top")(top.top)
 app.command("export")(model.export)
 app.command("generate")(model.generate)
 

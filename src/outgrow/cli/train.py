@@ -57,6 +57,8 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
     from outgrow.cluster.plan import refuse
     from outgrow.cluster.ray_cluster import announce, connect, locate, survey
     from outgrow.cluster.runs import claim
+    from outgrow.monitoring.report.facts import PLAN_FILE
+    from outgrow.recipes.schema.options import without_credentials
     from outgrow.streaming.build import find
 
     launched = time.time()
@@ -74,6 +76,7 @@ def _train(opened: Opened, *, fresh: bool, accept: bool) -> RunResult:
         typer.echo(f"{_claimed(claimed)}\n  on {cluster}")
         plan = plan_run(opened, survey(cluster, here), card, target, fresh=False)
         refuse(plan)
+        storage.write_json(f"{claimed.run.folder}/{PLAN_FILE}", plan.to_dict() | {"storage": without_credentials(plan.storage)})
         return _run(_job(opened, card, plan, claimed.run, launched), cluster)
 
 

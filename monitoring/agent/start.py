@@ -1,0 +1,183 @@
+"""Starting the one agent of a node, and finding the one that is there: ``agent.json`` in the node's folder says who it is.
+
+An agent outlives whoever started it, however that ends: it has a session of its own, is nobody's child, and holds no pipe or
+socket of its starter. The site is handed to it in memory, so that its secrets stand in no file, argument or environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from outgrow.contracts import JsonDict, Record
+from outgrow.errors import MonitorError
+from outgrow.monitoring.recording.attempt import node_folder
+from outgrow.monitoring.recording.recorder import start_ticks
+from outgrow.recipes.schema.site import Site
+
+T = TypeVar("T")
+
+FILE, LOCK, LOG = "agent.json", "agent.lock", "agent.log"
+READY_S = 20.0
+END_S = 15.0
+
+_PAUSE_S = 0.05
+_TRIES = 3
+_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Record):
+    """The agent of a node as ``agent.json`` tells: ``pid`` and ``pid_start`` (clock ticks since boot) name its process, others
+    reach it at ``url``, and with ``keep`` it does not end by itself. ``started`` is in Unix seconds."""
+
+    pid: int
+    pid_start: float
+    url: str
+    address: str
+    port: int
+    started: float
+    keep: bool
+
+    @property
+    def is_alive(self) -> bool:
+        return not math.isnan(self.pid_start) and start_ticks(self.pid) == self.pid_start
+
+
+def find_agent(node: Path) -> Running | None:
+    """The living agent of a node's folder."""
+    try:
+        found = Running.from_dict(json.loads((node / FILE).read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if found.is_alive else None
+
+
+def ensure_agent(site: Site) -> str:
+    """One line for a person: where the node's agent is, that it was started, or why there is none. Never raises or waits.
+
+    With ``monitoring.agent: false`` it starts none. One that is idle takes the call as a sign that a run is coming.
+    """
+    try:
+        node = node_folder(site)
+        _ask_to_stay(node)
+        running = find_agent(node)
+        if running is not None:
+            return f"node agent at {running.url}"
+        if not site.monitoring.agent:
+            return "no node agent (monitoring: agent: false)"
+        start_agent(site, keep=False)
+        return f"node agent started, see {node / FILE}"
+    except Exception as error:  # a run goes on without being watched
+        return f"no node agent: {error}"
+
+
+def keep_agent(site: Site) -> Running:
+    """The node's agent, made to stay: one that would end when idle is replaced, at once, by one that does not.
+
+    Waits until it answers. Raises ``MonitorError`` with the end of its log where it does not.
+    """
+    node = node_folder(site)
+    for _ in range(_TRIES):  # a run that starts at this moment may have started one too
+        running = find_agent(node)
+        if running is None:
+            start_agent(site, keep=True)
+            running = _wait(lambda: find_agent(node), READY_S)
+        if running is not None and running.keep:
+            return running
+        end_agent(node)
+    raise MonitorError("the node agent did not start", where=str(node), hint=f"its log ends so:\n{_log_tail(node)}")
+
+
+def end_agent(node: Path, timeout_s: float = END_S) -> bool:
+    """End the agent of a node, and whether there was one. Only the very process that wrote ``agent.json`` is touched."""
+    running = find_agent(node)
+    if running is None:
+        return False
+    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, number)
+        if _wait(lambda: not running.is_alive, patience_s):
+            break
+    return True
+
+
+def start_agent(site: Site, *, keep: bool) -> None:
+    """Start an agent, detached; returns before it answers. Where one is there already, the new one ends by itself.
+
+    Raises ``OSError`` where the node's folder cannot be made.
+    """
+    node = node_folder(site)
+    node.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = _open_log(node / LOG)
+    try:
+        # Not a pipe: what is in it stays whole when this process ends right after, and nobody waits to be read.
+        site_fd = os.memfd_create("site", os.MFD_CLOEXEC)
+        try:
+            with open(os.dup(site_fd), "wb") as file:
+                file.write(json.dumps(_needed(site)).encode())
+            os.lseek(site_fd, 0, os.SEEK_SET)
+            arguments = [sys.executable, "-P", "-m", "outgrow.monitoring.agent", "--detach", *(["--keep"] if keep else [])]
+            process = subprocess.Popen(
+                arguments, env=_environment(), cwd="/", stdin=site_fd, stdout=log, stderr=log, start_new_session=True
+            )
+        finally:
+            os.close(site_fd)
+    finally:
+        os.close(log)
+    # What was started ends at once, and leaves the agent behind as nobody's child.
+    threading.Thread(target=process.wait, name="outgrow-reap", daemon=True).start()
+
+
+def _needed(site: Site) -> JsonDict:
+    """The site without the secrets that an agent has no use for."""
+    data = site.to_dict()
+    data["monitoring"] |= {"remote_write": None, "alert_webhook": ""}
+    data["tiers"] = [tier | {"options": {}} for tier in data["tiers"]]
+    return data
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, for one that imports the same; what Ray says of a worker is not true of it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return environment | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def _open_log(path: Path) -> int:
+    """A descriptor to append to; of nothing where there is no room for a log."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _ask_to_stay(node: Path) -> None:
+    """Touch the lock: an agent that is about to end looks at it once more after it has taken ``agent.json`` away."""
+    with contextlib.suppress(OSError):
+        os.utime(node / LOCK)
+
+
+def _log_tail(node: Path) -> str:
+    try:
+        return (node / LOG).read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+    except OSError:
+        return "(it has none)"
+
+
+def _wait(found: Callable[[], T], patience_s: float) -> T:
+    """What ``found`` gives, as soon as that is true, or when ``patience_s`` have passed."""
+    deadline = time.monotonic() + patience_s
+    while not (value := found()) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+    return value

@@ -1,0 +1,1 @@
+"""Grafana dashboards as code: one module a dashboard; ``build`` writes what Grafana reads into ``json/``."""

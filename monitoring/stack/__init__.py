@@ -1,0 +1,1 @@
+"""What ``outgrow monitor`` starts beside the node agent: Prometheus, Alertmanager and Grafana, as plain processes."""

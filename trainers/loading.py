@@ -1,0 +1,62 @@
+"""What training reads, opened: ``streaming`` is imported here, when a rank needs it, and not with the modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from outgrow.contracts import Context, JobSpec, Layout, Loader, StepRows
+from outgrow.recipes.schema.site import Site
+from outgrow.storage import Storage
+from outgrow.trainers.checkpoint.resume import gather_texts
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+    from outgrow.streaming.lost_shards import LostShard
+
+
+def open_loader(job: JobSpec, context: Context, layout: Layout, steps: range, lost: tuple[LostShard, ...]) -> Loader:
+    """The training rows of this rank in ``steps``."""
+    from outgrow.streaming.loader import build_loader
+
+    return build_loader(
+        job,
+        layout,
+        context.rank,
+        start_step=steps.start,
+        stop_step=steps.stop,
+        lost=lost,
+        local_world=context.local_world,
+        attempt=context.attempt,
+    )
+
+
+def open_validation(
+    job: JobSpec, context: Context, layout: Layout, lost: tuple[LostShard, ...]
+) -> Iterable[tuple[str, StepRows]]:
+    """The held-out rows of this rank by stream; nothing where the dataset has none."""
+    from outgrow.streaming.loader import build_validation
+
+    return build_validation(job, layout, context.rank, lost=lost, attempt=context.attempt) if job.card.validation_rows else ()
+
+
+def open_tokenizer(job: JobSpec) -> Tokenizer:
+    """The tokenizer of the dataset."""
+    from tokenizers import Tokenizer
+
+    from outgrow.streaming.store import TOKENIZER
+    from outgrow.streaming.tiers.reading import open_reading
+
+    store = open_reading(Site.model_validate(job.site), job.card).store
+    return Tokenizer.from_file(str(store / TOKENIZER / "tokenizer.json"))
+
+
+def lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:
+    """The shards that the run goes on without, as one rank reads them: equal on all. A collective."""
+    from outgrow.streaming.lost_shards import LostShard
+    from outgrow.streaming.quarantine import read_lost
+
+    read = [shard.to_dict() for shard in read_lost(storage, run_folder)] if rank == 0 else []
+    return tuple(LostShard.from_dict(shard) for shard in json.loads(gather_texts(json.dumps(read))[0]))
