@@ -80,6 +80,7 @@ def make_plan(
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
     refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
+    refusals += _not_profilable(recipe, ranks)
     refusals += [reading.refusal] if reading and reading.refusal else []
     return Plan(
         run=recipe.run.name,
@@ -155,6 +156,19 @@ def _not_learnable(recipe: Recipe, card: DatasetCard | None) -> list[Refusal]:
             asked=f"objective.kind {recipe.objective.kind} on the preference pairs of {', '.join(sorted(paired))}",
             available="it would learn the rejected answers too",
             nearest="take these streams out, or read their chosen answers alone with source.shape messages or alpaca",
+        )
+    ]
+
+
+def _not_profilable(recipe: Recipe, ranks: Ranks) -> list[Refusal]:
+    """A history of the device's allocations where no device keeps one."""
+    if not (recipe.profile.steps and recipe.profile.memory) or ranks.device == "cuda":
+        return []
+    return [
+        Refusal(
+            asked="profile.memory: a history of the device's allocations",
+            available=f"{ranks.device} keeps none, cuda alone does",
+            nearest="profile.memory=false: the trace of the steps alone",
         )
     ]
 

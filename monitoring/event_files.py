@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import SEEK_END, FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,7 +98,7 @@ class Bound:
 
 
 class Sink(Protocol):
-    """Where lines go, in order. ``append`` takes all of ``data``, or raises and takes none; ``last`` says that it is the last."""
+    """Where lines go, in order. ``append`` takes all of ``data``, or raises and takes none; after ``last`` nothing comes."""
 
     def append(self, data: bytes, *, last: bool) -> None: ...
 
@@ -277,23 +278,41 @@ def _parsed(data: bytes) -> Iterator[JsonDict]:
             yield value
 
 
+def has_lines(storage: Storage, folder: str) -> bool:
+    """Whether anything was ever written."""
+    names = storage.names(folder)
+    return LIVE in names or bool(numbers_of(names))
+
+
 def newest_lines(storage: Storage, folder: str) -> Iterator[JsonDict]:
     """Every line from the newest back to the oldest, read from the end as far as they are taken."""
     names = storage.names(folder)
     live = f"{folder}/{LIVE}"
-    keys = [f"{folder}/{segment_name(number)}" for number in reversed(numbers_of(names))]
-    if LIVE in names and not _is_superseded(storage.read_range(live, 0, _TAIL_BYTES), names):
-        keys.insert(0, live)
-    for key in keys:
-        yield from _backwards(storage, key)
+    if LIVE in names:
+        try:
+            if not _is_superseded(storage.read_range(live, 0, _TAIL_BYTES), names):
+                yield from _backwards(storage, live)
+        except FileNotFoundError:
+            names = storage.names(folder)  # it became a full one just now
+    for number in reversed(numbers_of(names)):
+        yield from _backwards(storage, f"{folder}/{segment_name(number)}")
 
 
 def _backwards(storage: Storage, key: str) -> Iterator[JsonDict]:
-    stop = storage.size(key)
-    rest, step = b"", _TAIL_BYTES
+    if not storage.is_local:
+        yield from _lines_backwards(storage.size(key), lambda start, stop: storage.read_range(key, start, stop))
+        return
+    with open(storage.path(key), "rb") as file:  # held open: it may get another name meanwhile
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+        yield from _lines_backwards(size, lambda start, stop: os.pread(descriptor, stop - start, start))
+
+
+def _lines_backwards(size: int, read: Callable[[int, int], bytes]) -> Iterator[JsonDict]:
+    rest, step, stop = b"", _TAIL_BYTES, size
     while stop > 0:
         start = max(0, stop - step)
-        block = storage.read_range(key, start, stop) + rest
+        block = read(start, stop) + rest
         # The first line of a block may begin before it.
         rest, _, whole = (b"", b"", block) if start == 0 else block.partition(b"\n")
         yield from reversed(list(_parsed(whole)))

@@ -32,8 +32,8 @@ class EventLog:
     """Appends records to ``<run folder>/events.jsonl``. Open it on one rank alone; ``close`` waits for what is queued.
 
     On a local folder a line is in the file within moments of ``write``; on a bucket the whole object is put again at most
-    every ``UPLOAD_INTERVAL_S`` seconds and at ``close``. ``observers`` hear of each record in the log's own thread, in order and
-    whatever the disk does; one that raises is not asked again, which the file says.
+    every ``UPLOAD_INTERVAL_S`` seconds and at ``close``. ``observers`` hear of each record in the log's own thread, in order
+    and whatever the disk does; one that raises is not told any more, which the file says.
     """
 
     def __init__(self, storage: Storage, run_folder: str, observers: Sequence[Observer] = ()) -> None:
@@ -114,7 +114,7 @@ class EventLog:
             value.set()
         elif value is not None:
             try:
-                yield line_of(vars(value))  # its fields as they are: a copy of all that is in them would cost three times as much
+                yield line_of(vars(value))  # its fields as they are: `to_dict` would copy all that is in them first
             except (TypeError, ValueError) as error:
                 self.dropped += 1
                 yield note_line(self.dropped, error=f"a record of kind {value.kind} is no JSON: {error}")

@@ -30,7 +30,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def ask(self, method: str, timeout_s: float = 60.0, **parameters: Any) -> dict[str, Any]:
+    def ask(self, method: str, timeout_s: float = 120.0, **parameters: Any) -> dict[str, Any]:
         """What the browser answers. Fails the test where it refuses."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}

@@ -20,7 +20,7 @@ def main() -> None:
     from outgrow.cluster.ray_cluster import Target, connect
     from outgrow.recipes.schema.site import Cluster
 
-    programs = {"map_numbers": map_numbers, "build": build}
+    programs = {"map_numbers": map_numbers, "build": build, "agent": agent}
     cpus, words = int(sys.argv[1]), json.loads(sys.argv[2])
     cluster = Cluster(address="local", token_file=str(Path("token").resolve()))
     with connect(Target(address=None, reason="a test"), cluster, cpus=cpus, gpus=0):
@@ -121,6 +121,26 @@ def build(inputs: str) -> dict[str, Any]:
     recipe, site = json.loads(Path(inputs).read_text())
     result = builder.build(Recipe.model_validate(recipe), Site.model_validate(site), progress=watch, mapper=ray_map)
     return {"store": result.card.store, "killed": len(killed), "card": result.card.to_dict()}
+
+
+# --- a node agent -----------------------------------------------------------------------------------------------------
+
+
+def agent(site_file: str) -> str:
+    """What a worker is told that starts an agent and is killed at once, as Ray kills one: with all that it has started."""
+    import ray
+
+    class Starter:
+        def start(self) -> str:
+            from outgrow.monitoring.agent.start import ensure_agent
+            from outgrow.recipes.schema.site import Site
+
+            return ensure_agent(Site.model_validate(json.loads(Path(site_file).read_text())))
+
+    starter: Any = ray.remote(Starter).remote()
+    said: str = ray.get(starter.start.remote())
+    ray.kill(starter)
+    return said
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Story:
             "layout": {"engine": "fsdp2"},
         }
         if self.full:
-            detail |= {"cause": cause, "facts": FACTS}
+            detail |= {"cause": cause, "facts": FACTS, "measured_flops": 650e12}
         return self._say("start", detail=detail)
 
     def train(self, upto: int, *, validate_every: int = 100, save_every: int = 50, failing: int = 0) -> Story:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,14 @@ def explodes(*, step: int, steps: int, at: int) -> float:
     return 1.0 if step < at else 1e30
 
 
+def dies(*, step: int, steps: int, at: int, rank: int, once: str) -> float:
+    """A custom schedule that kills its rank at step ``at`` (from 0), unless the file ``once`` is there already."""
+    if step == at and os.environ.get("RANK", "0") == str(rank) and not Path(once).exists():
+        Path(once).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+
 # --- which rows a run really read -------------------------------------------------------------------------------------
 
 
@@ -88,8 +98,10 @@ class NotingLoader:
         for rows in self.loader:
             own = [row for batch in rows.micro_batches for row in batch.row_ids.tolist() if row >= 0]
             length = rows.micro_batches[0].token_ids.shape[1]
+            tokens = sum(int((batch.segments >= 0).sum()) for batch in rows.micro_batches)
+            note = {"step": rows.step, "length": length, "rank": self.rank, "rows": own, "tokens": tokens}
             with self.notes.open("a") as file:
-                file.write(json.dumps({"step": rows.step, "length": length, "rank": self.rank, "rows": own}) + "\n")
+                file.write(json.dumps(note) + "\n")
             yield rows
 
     def state(self, next_step: int) -> JsonDict:

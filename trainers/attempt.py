@@ -22,8 +22,9 @@ import torch
 
 import outgrow
 from outgrow.contracts import Context, JobSpec, JsonDict, Layout
-from outgrow.errors import RestartError
+from outgrow.errors import OutgrowError, RestartError
 from outgrow.monitoring import events
+from outgrow.monitoring.event_files import has_lines
 from outgrow.monitoring.recording.attempt import AttemptFacts, attempt_folder, node_folder, records_folder, write_facts
 from outgrow.monitoring.recording.recorder import Before, Recorder
 from outgrow.monitoring.recording.slots import RestartCause
@@ -89,11 +90,10 @@ def recorded(job: JobSpec, context: Context, storage: Storage) -> Iterator[Attem
     recorder = attempt.recorder
     try:
         yield attempt
-    except RestartError:
-        recorder.close("restarting")
-        raise
-    except Exception:
-        recorder.close("failed")
+    except Exception as error:
+        # What outgrow itself says is wrong stays wrong; anything else, such as a lost neighbour, is tried once more at least.
+        final = isinstance(error, OutgrowError) and not isinstance(error, RestartError)
+        recorder.close("failed" if final else "restarting")
         raise
     except BaseException:  # Ctrl-C, or an exit that was asked for
         recorder.close("interrupted")
@@ -107,7 +107,7 @@ def _open(job: JobSpec, context: Context, storage: Storage) -> Attempt:
     run = run_label(job)
     runs = records_folder(node) / run
     # Where nothing was ever said of the run, the records here are of another of the same name that was cleared away.
-    goes_on = context.rank == 0 and storage.exists(f"{job.run.folder}/{events.FILE}")
+    goes_on = context.rank == 0 and has_lines(storage, job.run.folder)
     told = json.loads(gather_texts(json.dumps([_start_time(runs), goes_on]))[0])
     started, goes_on = float(told[0]), bool(told[1])
     before = _before(storage, job.run.folder, runs, context.rank) if goes_on else None

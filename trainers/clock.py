@@ -7,7 +7,7 @@ passes when it comes to it, which is known some steps later.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -26,15 +26,14 @@ class Clock(Protocol[Moment]):
     def seconds(self, start: Moment, end: Moment) -> float:
         """Between two moments that are reached."""
 
-    def give_back(self, moments: Iterable[Moment]) -> None:
-        """These are asked for no more."""
+    def give_back(self, start: Moment, marks: Sequence[tuple[object, Moment]]) -> None:
+        """These moments of a step are asked for no more."""
 
 
 class HostClock:
     """The process's own clock, for what is computed when the call returns."""
 
-    def now(self) -> float:
-        return time.perf_counter()
+    now = staticmethod(time.perf_counter)
 
     def is_reached(self, moment: float) -> bool:
         return True
@@ -42,7 +41,7 @@ class HostClock:
     def seconds(self, start: float, end: float) -> float:
         return end - start
 
-    def give_back(self, moments: Iterable[float]) -> None:
+    def give_back(self, start: float, marks: Sequence[tuple[object, float]]) -> None:
         """A number needs no care."""
 
 
@@ -68,8 +67,9 @@ class DeviceClock:
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(start.elapsed_time(end)) / 1000
 
-    def give_back(self, moments: Iterable[torch.cuda.Event]) -> None:
-        self._free.extend(moments)
+    def give_back(self, start: torch.cuda.Event, marks: Sequence[tuple[object, torch.cuda.Event]]) -> None:
+        self._free.append(start)
+        self._free.extend(event for _, event in marks)
 
 
 def clock_for(device: torch.device) -> HostClock | DeviceClock:

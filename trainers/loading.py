@@ -50,7 +50,10 @@ def open_tokenizer(job: JobSpec) -> Tokenizer:
     from outgrow.streaming.tiers.reading import open_reading
 
     store = open_reading(Site.model_validate(job.site), job.card).store
-    return Tokenizer.from_file(str(store / TOKENIZER / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(store / TOKENIZER / "tokenizer.json"))
+    tokenizer.no_truncation()  # its file may ask for either
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:

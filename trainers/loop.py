@@ -99,7 +99,8 @@ def _go_on(attempt: Attempt, recipe: Recipe, storage: Storage, steps: int, recor
 
     job, context, recorder = attempt.job, attempt.context, attempt.recorder
     device = prepare_process(job, recipe, context.local_rank)
-    recorder.set(measured_flops=measured_flops(device, recipe.precision))
+    ceiling = measured_flops(device, recipe.precision)
+    recorder.set(measured_flops=ceiling)
     layout = resolve(recipe, context.world, context.local_world)
     model = build_model(job, recipe)
     arithmetic = arithmetic_of(model)
@@ -108,7 +109,7 @@ def _go_on(attempt: Attempt, recipe: Recipe, storage: Storage, steps: int, recor
     agent = call_agent(attempt)
     started = start_engine(job, recipe, layout, storage, device, model, recorder)
     lost = lost_shards(storage, job.run.folder, context.rank)
-    detail = told_start(attempt, facts, layout, device, started, lost) | {"agent": agent}
+    detail = told_start(attempt, facts, layout, device, started, lost) | {"agent": agent, "measured_flops": ceiling}
     records.say("start", started.progress, detail=detail)
     group = Group(job.run.folder, context.attempt, context.rank, context.world)
     with (
@@ -156,8 +157,8 @@ def _train(run: _Run) -> None:
             engine.accumulate(batch, global_weight, telemetry.mark)
         telemetry.mark("collectives")
         sums = engine.finish()
-        rate = learning_rate(recipe, rows.step, run.steps)
         telemetry.mark("optimizer")
+        rate = learning_rate(recipe, rows.step, run.steps)
         engine.apply(rate)
         run.progress.advance(rows)
         run.watch.see(run.progress.step, sums.grad_norm)
@@ -226,7 +227,8 @@ def _continued(run: _Run) -> list[dict[str, str]]:
         return []
     from outgrow.trainers.samples import continue_prompts
 
-    return continue_prompts(run.engine, run.tokenizer, wanted.prompts, wanted.prompt_tokens, run.positions)
+    end = run.job.card.eos_token_id
+    return continue_prompts(run.engine, run.tokenizer, wanted.prompts, wanted.prompt_tokens, run.positions, end)
 
 
 def _not_finite(run: _Run, what: str) -> TrainingError:

@@ -11,16 +11,15 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic
+from dataclasses import dataclass
+from typing import Generic, NamedTuple
 
 from outgrow.contracts import StepRows
 from outgrow.monitoring.recording.slots import Phase
 from outgrow.trainers.clock import Clock, Moment
 
 
-@dataclass(frozen=True)
-class StepTimes:
+class StepTimes(NamedTuple):
     """Seconds of one step by phase, and in all. ``data_wait`` is how long the loader had no rows while nothing was computed."""
 
     phases: dict[Phase, float]
@@ -39,26 +38,19 @@ class Speed:
     tokens_per_s: float | None
 
 
-@dataclass
-class _Step(Generic[Moment]):
-    """A step that is open, or finished and not read. ``marks`` are the phases and when they began, ``start`` is when the step
-    before had ended."""
-
-    start: Moment
-    waited_s: float
-    tokens: int
-    marks: list[tuple[Phase, Moment]] = field(default_factory=list)
-
-
 class Pace(Generic[Moment]):
     """A stopwatch around the steps of one process, by the given clock; it never waits for a device."""
 
     def __init__(self, clock: Clock[Moment]) -> None:
         self._clock = clock
+        self._now = clock.now
         self._last = clock.now()
         """When the step before ended, or what came between steps."""
-        self._open = _Step(self._last, 0.0, 0)
-        self._unread: deque[tuple[_Step[Moment], Moment]] = deque()
+        self._marks: list[tuple[Phase, Moment]] = []
+        self._waited_s = 0.0
+        self._unread: deque[tuple[Moment, float, list[tuple[Phase, Moment]], int, Moment]] = deque()
+        """Of each step that is not read: when it began, how long the loader had no rows, its marks, its tokens, its end."""
+        self._tokens = 0
         self._begin_stretch()
 
     def steps(self, loader: Iterable[StepRows]) -> Iterator[StepRows]:
@@ -71,28 +63,26 @@ class Pace(Generic[Moment]):
                 step = next(rows)
             except StopIteration:
                 return
-            waited_s = time.perf_counter() - asked
+            self._waited_s = time.perf_counter() - asked
             if first:
-                self._last, waited_s, first = self._clock.now(), 0.0, False
-            self._open = _Step(self._last, waited_s, step.tokens)
+                self._last, self._waited_s, first = self._now(), 0.0, False
+            self._marks, self._tokens = [], step.tokens
             yield step
 
     def mark(self, phase: Phase) -> None:
         """What is computed from here on, until the next mark, is of ``phase``."""
-        self._open.marks.append((phase, self._clock.now()))
+        self._marks.append((phase, self._now()))
 
     def finish_step(self) -> None:
         """The step ends here."""
-        self._last = self._clock.now()
-        self._unread.append((self._open, self._last))
+        start, self._last = self._last, self._now()
+        self._unread.append((start, self._waited_s, self._marks, self._tokens, self._last))
 
     def known(self) -> list[StepTimes]:
         """The times that have become known since this was asked last, in order."""
         found: list[StepTimes] = []
-        while self._unread and self._clock.is_reached(self._unread[0][1]):
-            step, end = self._unread.popleft()
-            found.append(self._read(step, end))
-            self._clock.give_back([step.start, *(moment for _, moment in step.marks)])
+        while self._unread and self._clock.is_reached(self._unread[0][-1]):
+            found.append(self._read(*self._unread.popleft()))
         return found
 
     @contextmanager
@@ -103,28 +93,32 @@ class Pace(Generic[Moment]):
 
     def look(self) -> Speed:
         """The averages over the steps that have become known since the last look; a new stretch begins."""
-        if not self._steps:
+        steps, seconds = self._read_steps, self._read_s
+        if not steps:
             return Speed(None, None, None)
-        speed = Speed(self._seconds / self._steps, self._waited_s / self._steps, self._tokens / self._seconds)
+        speed = Speed(seconds / steps, self._read_waited_s / steps, self._read_tokens / seconds)
         self._begin_stretch()
         return speed
 
-    def _read(self, step: _Step[Moment], end: Moment) -> StepTimes:
-        between = self._clock.seconds
-        ends = [*(moment for _, moment in step.marks[1:]), end]
+    def _read(self, start: Moment, waited_s: float, marks: list[tuple[Phase, Moment]], tokens: int, end: Moment) -> StepTimes:
+        seconds = self._clock.seconds
+        phases: dict[Phase, float] = {}
+        after = end
+        for phase, begin in reversed(marks):
+            phases[phase] = phases.get(phase, 0.0) + seconds(begin, after)
+            after = begin
         # A device may still have had work when the loop began to wait, and may have stood still for another reason than that.
-        phases: dict[Phase, float] = {"data_wait": min(step.waited_s, between(step.start, step.marks[0][1]))}
-        for (phase, start), after in zip(step.marks, ends, strict=True):
-            phases[phase] = phases.get(phase, 0.0) + between(start, after)
-        step_s = between(step.start, end)
-        self._steps += 1
-        self._tokens += step.tokens
-        self._seconds += step_s
-        self._waited_s += phases["data_wait"]
+        phases["data_wait"] = min(waited_s, seconds(start, after))
+        step_s = seconds(start, end)
+        self._clock.give_back(start, marks)
+        self._read_steps += 1
+        self._read_tokens += tokens
+        self._read_s += step_s
+        self._read_waited_s += phases["data_wait"]
         return StepTimes(phases, step_s)
 
     def _begin_stretch(self) -> None:
-        self._steps = 0
-        self._tokens = 0
-        self._seconds = 0.0
-        self._waited_s = 0.0
+        self._read_steps = 0
+        self._read_tokens = 0
+        self._read_s = 0.0
+        self._read_waited_s = 0.0

@@ -16,8 +16,8 @@ from outgrow.trainers.progress import Progress
 class Records:
     """The voice of rank 0; the other ranks are silent.
 
-    What is said is queued: a thread writes it, hands it to ``context.report`` and to the trackers, each of which has a thread of
-    its own, where it is opened too.
+    What is said is queued: a thread writes it, and hands it to ``context.report`` and to the trackers. Each of these has a
+    thread of its own, where it is opened too.
     """
 
     def __init__(

@@ -13,10 +13,11 @@ def main() -> None:
     from outgrow.monitoring.agent.lifetime import serve
     from outgrow.recipes.schema.site import Site
 
+    serving = next(int(word.partition("=")[2]) for word in sys.argv if word.startswith("--serving="))
     site = Site.model_validate(json.load(sys.stdin))
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
-    serve(site, keep="--keep" in sys.argv, detached=True)
+    serve(site, keep="--keep" in sys.argv, detached=True, on_serving=lambda: os.close(serving))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +32,7 @@ from outgrow.monitoring.agent.stacks import StallStacks
 from outgrow.monitoring.agent.start import LOG, Running, find_agent
 from outgrow.monitoring.recording.attempt import node_folder, records_folder
 from outgrow.monitoring.recording.recorder import start_ticks
+from outgrow.monitoring.recording.slots import FORMAT
 from outgrow.monitoring.stack.access import host_port, url_of
 from outgrow.recipes.schema.site import Site
 
@@ -42,10 +43,11 @@ PRUNE_S = 3600.0
 LOG_BYTES = 1 << 20
 
 
-def serve(site: Site, *, keep: bool, detached: bool = False) -> None:
+def serve(site: Site, *, keep: bool, detached: bool = False, on_serving: Callable[[], None] = lambda: None) -> None:
     """Be the node's agent until SIGTERM or Ctrl-C, or until no run was live for ``monitoring.idle_s`` unless ``keep``.
 
-    Returns at once where the node has an agent. ``detached``: nobody watches, and all that is said goes to its log. Raises
+    Returns at once where the node has an agent. ``detached``: nobody watches, and all that is said goes to its log.
+    ``on_serving`` is called once it answers. Raises
     ``MonitorError`` or ``SiteError`` where it cannot listen, and ``OSError`` where the node's folder cannot be made.
     """
     os.umask(0o077)
@@ -67,7 +69,7 @@ def serve(site: Site, *, keep: bool, detached: bool = False) -> None:
             log.info("this node has an agent already%s", f" at {running.url}" if running else "")
             return
         try:
-            _Agent(site, node, seat, keep=keep, log_file=node / LOG if detached else None).run(ended)
+            _Agent(site, node, seat, keep=keep, log_file=node / LOG if detached else None).run(ended, on_serving)
         except OutgrowError as error:
             if not detached:
                 raise
@@ -99,7 +101,8 @@ class _Agent:
             "/runs": json_route(lambda: told(self._shown())),
             "/health": health_route(),
         }
-        self._server = listen(own.address, own.agent_port, own.access, routes)
+        others = (own.prometheus_port, own.alertmanager_port, own.grafana_port)
+        self._server = listen(own.address, own.agent_port, own.access, routes, others)
         port = int(self._server.server_address[1])
         self._running = Running(
             pid=os.getpid(),
@@ -109,15 +112,17 @@ class _Agent:
             port=port,
             started=time.time(),
             keep=keep,
+            format=FORMAT,
         )
         self._live_at = time.monotonic()
         self._pruned_at = -PRUNE_S
 
-    def run(self, ended: threading.Event) -> None:
+    def run(self, ended: threading.Event, on_serving: Callable[[], None]) -> None:
         serving = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="server", daemon=True)
         serving.start()
         self._neighbours.start(self._running)
         self._seat.show(self._running)
+        on_serving()
         log.info("serving on %s", self._running.url)
         try:
             while not ended.wait(TICK_S) and not self._seat.is_lost and not self._is_done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -76,10 +77,11 @@ def shown(runs: Iterable[RunView], now: float) -> list[RunView]:
 
 
 class Scanner:
-    """Reads the records below one folder again and again; what can change no more is read once."""
+    """Reads the records below one folder again and again; what can change no more is read once. Any thread may ask."""
 
     def __init__(self, records: Path) -> None:
         self._records = records
+        self._lock = threading.Lock()
         self._facts: dict[Path, tuple[tuple[int, int], AttemptFacts]] = {}
         self._ended: dict[Path, tuple[int, RunView]] = {}
         self.has_unnamed_life = False
@@ -87,6 +89,10 @@ class Scanner:
 
     def scan(self) -> list[RunView]:
         """The newest start of every run whose facts can be read, in the order of their names."""
+        with self._lock:
+            return self._scan()
+
+    def _scan(self) -> list[RunView]:
         self.has_unnamed_life = False
         found = [run for folder, changed in _folders(self._records) if (run := self._run(folder, changed)) is not None]
         kept = {run.folder for run in found}

@@ -12,8 +12,9 @@ import math
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -60,6 +61,11 @@ class Server(ThreadingHTTPServer):
             # The handshake is for the thread of the request: here a client that says nothing would hold up all others.
             self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
+    def server_bind(self) -> None:
+        # Not HTTPServer's: that asks a name server for the name of the address, which may take its time.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._places.acquire(blocking=False):
             super().process_request(request, client_address)
@@ -76,9 +82,12 @@ class Server(ThreadingHTTPServer):
         log.debug("a request ended early", exc_info=True)  # a client that hung up, or does not speak TLS
 
 
-def listen(address: str, port: int, access: Access, routes: Mapping[str, Route]) -> Server:
-    """A server on ``port``, or on the next one that is free. Raises ``MonitorError`` where there is none, and ``SiteError``."""
-    for one in range(port, min(port + PORTS, 65536)):
+def listen(address: str, port: int, access: Access, routes: Mapping[str, Route], others: Collection[int] = ()) -> Server:
+    """A server on ``port``, or on the next one that is free and none of ``others``, which the rest of the site needs.
+
+    Raises ``MonitorError`` where there is none, and ``SiteError``.
+    """
+    for one in (one for one in range(port, min(port + PORTS, 65536)) if one not in others):
         try:
             return Server(address, one, access, routes)
         except OSError as error:

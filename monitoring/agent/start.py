@@ -10,23 +10,21 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from outgrow.contracts import JsonDict, Record
 from outgrow.errors import MonitorError
 from outgrow.monitoring.recording.attempt import node_folder
 from outgrow.monitoring.recording.recorder import start_ticks
+from outgrow.monitoring.recording.slots import FORMAT
 from outgrow.recipes.schema.site import Site
-
-T = TypeVar("T")
 
 FILE, LOCK, LOG = "agent.json", "agent.lock", "agent.log"
 READY_S = 20.0
@@ -40,7 +38,8 @@ _TAIL_BYTES = 2000
 @dataclass(frozen=True, kw_only=True)
 class Running(Record):
     """The agent of a node as ``agent.json`` tells: ``pid`` and ``pid_start`` (clock ticks since boot) name its process, others
-    reach it at ``url``, and with ``keep`` it does not end by itself. ``started`` is in Unix seconds."""
+    reach it at ``url``, and with ``keep`` it does not end by itself. ``started`` is in Unix seconds, ``format`` that of the
+    records which it can read."""
 
     pid: int
     pid_start: float
@@ -49,6 +48,7 @@ class Running(Record):
     port: int
     started: float
     keep: bool
+    format: int
 
     @property
     def is_alive(self) -> bool:
@@ -67,17 +67,20 @@ def find_agent(node: Path) -> Running | None:
 def ensure_agent(site: Site) -> str:
     """One line for a person: where the node's agent is, that it was started, or why there is none. Never raises or waits.
 
-    With ``monitoring.agent: false`` it starts none. One that is idle takes the call as a sign that a run is coming.
+    With ``monitoring.agent: false`` it starts none. One that is idle takes the call as a sign that a run is coming, and one of
+    another version of outgrow, which cannot read this one's records, is replaced.
     """
     try:
         node = node_folder(site)
         _ask_to_stay(node)
         running = find_agent(node)
-        if running is not None:
+        if running is not None and running.format == FORMAT:
             return f"node agent at {running.url}"
         if not site.monitoring.agent:
             return "no node agent (monitoring: agent: false)"
-        start_agent(site, keep=False)
+        if running is not None:
+            os.kill(running.pid, signal.SIGTERM)  # the next one waits for its seat
+        os.close(start_agent(site, keep=running is not None and running.keep))
         return f"node agent started, see {node / FILE}"
     except Exception as error:  # a run goes on without being watched
         return f"no node agent: {error}"
@@ -89,15 +92,17 @@ def keep_agent(site: Site) -> Running:
     Waits until it answers. Raises ``MonitorError`` with the end of its log where it does not.
     """
     node = node_folder(site)
+    said = _log_size(node)
     for _ in range(_TRIES):  # a run that starts at this moment may have started one too
         running = find_agent(node)
-        if running is None:
-            start_agent(site, keep=True)
-            running = _wait(lambda: find_agent(node), READY_S)
-        if running is not None and running.keep:
+        if running is not None and running.keep and running.format == FORMAT:
             return running
         end_agent(node)
-    raise MonitorError("the node agent did not start", where=str(node), hint=f"its log ends so:\n{_log_tail(node)}")
+        with open(start_agent(site, keep=True), "rb") as serving:
+            select.select([serving], [], [], READY_S)
+        if find_agent(node) is None:
+            break
+    raise MonitorError("the node agent did not start", where=str(node), hint=f"its log says:\n{_log_from(node, said)}")
 
 
 def end_agent(node: Path, timeout_s: float = END_S) -> bool:
@@ -108,36 +113,42 @@ def end_agent(node: Path, timeout_s: float = END_S) -> bool:
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(running.pid, number)
-        if _wait(lambda: not running.is_alive, patience_s):
+        if _has_ended(running, patience_s):
             break
     return True
 
 
-def start_agent(site: Site, *, keep: bool) -> None:
+def start_agent(site: Site, *, keep: bool) -> int:
     """Start an agent, detached; returns before it answers. Where one is there already, the new one ends by itself.
 
-    Raises ``OSError`` where the node's folder cannot be made.
+    What is returned is a descriptor that comes to its end of file when the agent serves or has ended. Raises ``OSError`` where
+    the node's folder cannot be made.
     """
     node = node_folder(site)
     node.mkdir(parents=True, exist_ok=True, mode=0o700)
-    log = _open_log(node / LOG)
-    try:
+    serving, theirs = os.pipe()
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, theirs)
+        log = _open_log(node / LOG)
+        held.callback(os.close, log)
         # Not a pipe: what is in it stays whole when this process ends right after, and nobody waits to be read.
-        site_fd = os.memfd_create("site", os.MFD_CLOEXEC)
-        try:
-            with open(os.dup(site_fd), "wb") as file:
-                file.write(json.dumps(_needed(site)).encode())
-            os.lseek(site_fd, 0, os.SEEK_SET)
-            arguments = [sys.executable, "-P", "-m", "outgrow.monitoring.agent", "--detach", *(["--keep"] if keep else [])]
-            process = subprocess.Popen(
-                arguments, env=_environment(), cwd="/", stdin=site_fd, stdout=log, stderr=log, start_new_session=True
-            )
-        finally:
-            os.close(site_fd)
-    finally:
-        os.close(log)
+        given = held.enter_context(open(os.memfd_create("site", os.MFD_CLOEXEC), "w+b"))
+        given.write(json.dumps(_needed(site)).encode())
+        given.seek(0)
+        arguments = ["--detach", f"--serving={theirs}", *(["--keep"] if keep else [])]
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "outgrow.monitoring.agent", *arguments],
+            env=_environment(),
+            cwd="/",
+            stdin=given,
+            stdout=log,
+            stderr=log,
+            pass_fds=(theirs,),
+            start_new_session=True,
+        )
     # What was started ends at once, and leaves the agent behind as nobody's child.
     threading.Thread(target=process.wait, name="outgrow-reap", daemon=True).start()
+    return serving
 
 
 def _needed(site: Site) -> JsonDict:
@@ -168,16 +179,24 @@ def _ask_to_stay(node: Path) -> None:
         os.utime(node / LOCK)
 
 
-def _log_tail(node: Path) -> str:
+def _log_size(node: Path) -> int:
     try:
-        return (node / LOG).read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+        return (node / LOG).stat().st_size
     except OSError:
-        return "(it has none)"
+        return 0
 
 
-def _wait(found: Callable[[], T], patience_s: float) -> T:
-    """What ``found`` gives, as soon as that is true, or when ``patience_s`` have passed."""
+def _log_from(node: Path, begin: int) -> str:
+    try:
+        text = (node / LOG).read_bytes()[begin:]
+    except OSError:
+        return "(there is none)"
+    return text[-_TAIL_BYTES:].decode(errors="replace")
+
+
+def _has_ended(running: Running, patience_s: float) -> bool:
+    """Whether the agent is gone, after waiting up to ``patience_s`` for it."""
     deadline = time.monotonic() + patience_s
-    while not (value := found()) and time.monotonic() < deadline:
+    while running.is_alive and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
-    return value
+    return not running.is_alive

@@ -41,7 +41,7 @@ def _line(expression: str) -> str:
 
 
 _ACTIVE = "starting|running|stalled|restarting"
-_OWN_WORK = 'sum by (run, node, rank) (rate(outgrow_rank_phase_seconds_total{phase=~"data_wait|optimizer"}[5m]))'
+_OWN_WORK = '(rate(outgrow_rank_phase_seconds_total{phase=~"data_wait|optimizer"}[5m]))'
 
 ALERTS = (
     Alert(
@@ -219,7 +219,7 @@ copy itself: the rest is yours to clear.""",
     Alert(
         name="OutgrowDiskFull",
         expr="min by (node, tier) (outgrow_tier_free_bytes) < 2000000000",
-        for_="1m",
+        for_="2m",
         severity="critical",
         labels=("node", "tier"),
         dashboard="outgrow-tiers",
@@ -244,7 +244,7 @@ fit is given up and said, and so are records; but a crash then goes back to the 
             and on (run, node) (min_over_time(outgrow_run_state{state="running"}[10m]) == 1)
             """
         ),
-        for_="1m",
+        for_="2m",
         severity="warning",
         labels=("run", "node"),
         dashboard="outgrow-run",
@@ -296,7 +296,12 @@ it.""",
     Alert(
         name="OutgrowStraggler",
         # Of a rank's own work: forward and backward hold waiting for the others, so there all ranks are equally slow.
-        expr=f"{_OWN_WORK} > 0.05 > on (run) group_left () 1.5 * quantile by (run) (0.5, {_OWN_WORK})",
+        expr=_line(
+            f"""
+            sum by (run, node, rank) {_OWN_WORK} > 0.05
+            > on (run) group_left () 1.5 * quantile by (run) (0.5, sum by (run, rank) {_OWN_WORK})
+            """
+        ),
         for_="5m",
         severity="warning",
         labels=("run", "node", "rank"),
@@ -324,7 +329,7 @@ stays slow is better left out: start without it.""",
             and on (run) (max by (run) (last_over_time(outgrow_run_active[6h])) == 1)
             """
         ),
-        for_="1m",
+        for_="2m",
         severity="critical",
         labels=("run", "node"),
         dashboard="outgrow-gpus",

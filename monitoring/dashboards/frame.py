@@ -105,7 +105,7 @@ def _annotations(run: str) -> list[Builder[models.AnnotationQuery]]:
     return [
         _annotation("Restarts", restarts, "orange", title="Restart: {{cause}}", text="{{run}}"),
         # The value is the time of the commit, in milliseconds.
-        _annotation("Checkpoints", commits, "blue", title="Checkpoint", text="{{run}}").use_value_for_time(True).enable(False),
+        _annotation("Checkpoints", commits, "blue", title="Checkpoint", text="{{run}}").use_value_for_time(True),
         _annotation("Spikes of the loss", spikes, "purple", title="Loss spike", text="{{run}}"),
         _annotation("Alerts", of_run, "red", title="{{alertname}}", text="{{severity}} {{run}} {{node}} {{gpu}}"),
     ]

@@ -38,9 +38,9 @@ class Look:
     colours: Mapping[str, str] | None = None
 
 
-def tile(title: str, tells: str, query: Query, look: Look, *, width: int = 3, empty: str = "–") -> Panel:
+def tile(title: str, tells: str, query: Query, look: Look, *, width: int = 3, height: int = 4, empty: str = "–") -> Panel:
     """The last value in large type, with its course behind it."""
-    panel = stat.Panel().title(title).description(tells).datasource(SOURCE).height(4).span(width)
+    panel = stat.Panel().title(title).description(tells).datasource(SOURCE).height(height).span(width)
     panel = panel.unit(look.unit).thresholds(_limits(look)).no_value(empty)
     panel = panel.color_mode(options.BigValueColorMode.VALUE).graph_mode(options.BigValueGraphMode.AREA)
     panel = panel.reduce_options(_last()).with_target(_target(query, 0))

@@ -90,7 +90,7 @@ def _now() -> list[Panel]:
 def _learning() -> list[Panel]:
     return [
         curves(
-            "Loss",
+            "Training and validation loss",
             "Training loss of the last logged step and loss on the held-out rows, nats a token. Validation that rises while "
             "training falls: overfitting, stop or add data. Both rise: lower the learning rate.",
             [(newest(m.RUN_LOSS, RUN), "training"), (newest(m.RUN_VALIDATION_LOSS, RUN), "validation")],
@@ -148,7 +148,7 @@ def _speed() -> list[Panel]:
             stacked=True,
         ),
         curves(
-            "Tokens a second",
+            "Positions a second",
             "Computed positions: valid tokens, and padding that is computed for nothing. Much padding: pack rows.",
             [(f"sum by (kind) ({rate(m.RUN_TOKENS, RUN)})", "{{kind}}")],
             Look(unit="short"),
@@ -231,6 +231,7 @@ def _checkpoints() -> list[Panel]:
             (f"sum({grown(m.RUN_CHECKPOINT_BYTES, RUN)}) / {committed}", "bytes"),
             Look(unit="bytes", base="blue"),
             width=5,
+            height=8,
         ),
         bars(
             "Checkpoints by result, since the first start",
@@ -252,13 +253,16 @@ def _facts() -> list[Panel]:
             width=14,
             height=5,
         ),
-        tile("Epoch", "Pass over the dataset, from 0.", (newest(m.RUN_EPOCH, RUN), "epoch"), Look(unit="none"), width=3),
+        tile(
+            "Epoch", "Pass over the dataset, from 0.", (newest(m.RUN_EPOCH, RUN), "epoch"), Look(unit="none"), width=3, height=5
+        ),
         tile(
             "First start",
             "When the run was started first.",
             (f"min by (run) ({of(m.RUN_START_TIME, RUN)}) * 1000", "start"),
             Look(unit="dateTimeFromNow", base="blue"),
             width=3,
+            height=5,
         ),
         tile(
             "Last step",
@@ -266,5 +270,6 @@ def _facts() -> list[Panel]:
             (f"{newest(m.RUN_LAST_STEP_TIME, RUN)} * 1000", "last step"),
             Look(unit="dateTimeFromNow", base="blue"),
             width=4,
+            height=5,
         ),
     ]

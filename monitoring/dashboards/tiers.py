@@ -159,7 +159,7 @@ def _cache() -> list[Panel]:
             Look(unit="short", colours={"fetches": "blue", "refetches": "red", "evictions": "orange"}),
         ),
         curves(
-            "Fetches due or running",
+            "Fetch queue",
             "Should come and go in waves; a line that only rises is a tier that does not keep up.",
             [(f"sum by (node) ({of(m.CACHE_QUEUE, *HERE)})", "{{node}}")],
             Look(unit="none"),

@@ -39,6 +39,7 @@ _STEP, _EPOCH, _FURTHEST, _LAST_STEP_TIME = (INDEX[name] for name in ("step", "e
 _OPEN_KIND, _OPEN_SINCE, _TOUCHED = (INDEX[name] for name in ("open_kind", "open_since", "touched"))
 _BUCKET, _STEP_SUM = INDEX["step_bucket.0"], INDEX["step_sum_s"]
 _RECENT, _RECENT_COUNT = INDEX["recent.0"], INDEX["recent_count"]
+_KIND_AT = {kind: float(number) for number, kind in enumerate(WALL)}
 _PHASE_AT = {phase: INDEX[f"phase_s.{phase}"] for phase in PHASES}
 
 
@@ -88,7 +89,7 @@ class Recorder:
         ``launched`` is the Unix time at which the command began that started the ranks: what lies between an earlier start and
         it is ``idle``, what lies between it and now is ``init``. Raises ``OSError``.
         """
-        now = time.time()
+        now, self._since = time.time(), time.monotonic()
         self._file = RankFile(folder / file_name(rank) if folder else None, before.counters if before else {})
         self._values = self._file.values
         self._stall_after_s = stall_after_s
@@ -96,7 +97,6 @@ class Recorder:
         self._sorted: list[float] = []
         self._stepping = False
         self._waited_s = 0.0
-        self._since = time.monotonic()
         self._kind: Wall = "init"
         begin = min(now, max(launched, before.touched) if before else launched)
         with self._file.writing() as values:
@@ -164,7 +164,7 @@ class Recorder:
     def times(self, phases: Mapping[Phase, float], step_s: float) -> None:
         """What one step took, in seconds: known before ``step`` tells that it is done, or on a device some steps later.
 
-        Waiting for data counts as stalled, from the next ``step`` on.
+        Readers see it with whatever is told next. Waiting for data counts as stalled, from the next ``step`` on.
         """
         values = self._values
         for phase, seconds in phases.items():
@@ -181,7 +181,6 @@ class Recorder:
             self._recent[count % RECENT_STEPS] = step_s
         insort(self._sorted, step_s)
         self._waited_s += phases.get("data_wait", 0.0)
-        self._file.publish()
 
     def open_s(self) -> float:
         """Seconds that the open step, or what goes on between steps, has taken so far. Any thread may ask."""
@@ -219,7 +218,7 @@ class Recorder:
     def counters(self) -> dict[str, Any]:
         """All counters, for ``events.jsonl``: with the open interval given to its kind, and the times of ``Before``."""
         values = self._values
-        found: dict[str, Any] = {name: values[number] for number, name in enumerate(COUNTERS)}
+        found: dict[str, Any] = dict(zip(COUNTERS, values, strict=False))
         found[f"wall_s.{self._kind}"] += time.monotonic() - self._since
         return found | {"first_start": values[INDEX["first_start"]], "furthest": values[INDEX["furthest"]]}
 
@@ -246,7 +245,7 @@ class Recorder:
         return interval
 
     def _open(self, values: Slots, now: float) -> None:
-        values[_OPEN_KIND] = WALL.index(self._kind)
+        values[_OPEN_KIND] = _KIND_AT[self._kind]
         values[_OPEN_SINCE] = self._since
         values[_TOUCHED] = now
         values[_THRESHOLD] = stall_threshold_s(self._stall_after_s, self._median_s())

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from outgrow.contracts import JsonDict, RunRef, ShardCounts, StepRecord
 from outgrow.monitoring.events import read_events
 from outgrow.monitoring.recording.slots import PHASES, WALL
 from outgrow.monitoring.report.curves import Interval
 from outgrow.storage import Storage
+
+Ceiling: TypeAlias = Literal["vendor", "measured"]
 
 PLAN_FILE = "plan.json"
 CHECKPOINTS = "checkpoints"
@@ -115,14 +117,17 @@ class RunFacts:
             return "not started"
         return "finished" if self.last.kind == "end" else "stopped"
 
-    def facts_of(self, attempt: str) -> JsonDict:
-        """What is known of a start's ranks and devices; empty where its record does not tell."""
-        return next((start.facts for start in reversed(self.starts) if start.attempt == attempt), {})
+    def mfu(self, record: StepRecord, ceiling: Ceiling) -> float | None:
+        """Model FLOPs a second over what the devices can do; None where either is not known.
 
-    def mfu(self, record: StepRecord) -> float | None:
-        """Model FLOPs a second over what the devices' vendor says that they can do; None where either is not known."""
-        facts = self.facts_of(record.attempt)
-        able = number(facts.get("vendor_flops")) * number(facts.get("world"))
+        That is what their vendor says, or what a matrix product on rank 0 has measured, as if all were like that one.
+        """
+        start = next((start for start in reversed(self.starts) if start.attempt == record.attempt), None)
+        if start is None:
+            return None
+        facts = start.facts
+        one = facts.get("vendor_flops") if ceiling == "vendor" else start.detail.get("measured_flops")
+        able = number(one) * number(facts.get("world"))
         found = number(record.tokens_per_s) * number(facts.get("flops_per_token")) / able if able else math.nan
         return found if math.isfinite(found) and found > 0 else None
 

@@ -11,7 +11,7 @@ from outgrow.contracts import StepRecord
 from outgrow.html_page import MARKED, PALETTE, Figure, figure, visible
 from outgrow.monitoring.recording.slots import PHASES, STAGES, WALL
 from outgrow.monitoring.report.curves import Point, evenly, finite, merge, smooth, thin
-from outgrow.monitoring.report.facts import RunFacts, numbers
+from outgrow.monitoring.report.facts import Account, Ceiling, RunFacts, numbers
 
 Read: TypeAlias = Callable[[StepRecord], float | None]
 
@@ -115,11 +115,20 @@ def gradient_norm(shown: Shown) -> Figure | None:
 
 
 def mfu(shown: Shown) -> Figure | None:
+    """Of the vendor's ceiling and of the measured one. Runs are compared by one of them, the vendor's where all have it."""
+    curves: dict[Ceiling, list[list[Point]]] = {
+        ceiling: [finite((shown.x(own), run.mfu(own, ceiling)) for own in run.steps) for run in shown.runs]
+        for ceiling in ("vendor", "measured")
+    }
+    if shown.others:
+        ceiling: Ceiling = "vendor" if all(curves["vendor"]) else "measured"
+        curves = {ceiling: curves[ceiling]}
     data = []
-    for number, run in enumerate(shown.runs):
-        points = finite((shown.x(own), run.mfu(own)) for own in run.steps)
-        data += _raw_and_smooth(points, label(run.name), PALETTE[number % len(PALETTE)], smoothed=True)
-    return _plot(shown, data, _HEIGHT, {"tickformat": ".1%", "rangemode": "tozero"}, legend=bool(shown.others))
+    for place, (ceiling, found) in enumerate(curves.items()):
+        for number, (run, points) in enumerate(zip(shown.runs, found, strict=True)):
+            name = f"{label(run.name)} of {ceiling}" if shown.others else f"of {ceiling}"
+            data += _raw_and_smooth(points, name, PALETTE[(place + number) % len(PALETTE)], smoothed=True)
+    return _plot(shown, data, _HEIGHT, {"tickformat": ".2~%", "rangemode": "tozero"})
 
 
 def curve(shown: Shown, read: Read, *, smoothed: bool = False, **axis: Any) -> Figure | None:
@@ -152,7 +161,8 @@ def wall(run: RunFacts) -> Figure | None:
     """Seconds since the first start by what they went to, over the time of day."""
     if not run.accounts:
         return None
-    accounts = [run.accounts[at] for at in evenly(len(run.accounts), MOST_ACCOUNTS)]
+    nothing = Account(step=0, time=0.0, seconds={})
+    accounts = [nothing, *(run.accounts[at] for at in evenly(len(run.accounts), MOST_ACCOUNTS))]
     size, unit = time_unit(accounts[-1].wall_s)
     kinds = [kind for kind in WALL if accounts[-1].seconds.get(kind)]
     data = _stacked(

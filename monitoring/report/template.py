@@ -44,8 +44,8 @@ clipped.</p><p>Look for a norm that grows, or spikes with the loss.</p>{% endcal
 {% call section("throughput", "Throughput") %}<p>Valid tokens a second between logged steps, and the share that this is of
 what the devices could do.</p><p>Look for steps down: another layout, a throttled card, data that come late.</p>{% endcall %}
 <h3>Tokens a second</h3>{{ drawn("throughput", "No step has been logged yet.") }}
-<h3>Model FLOPs utilisation</h3>{{ drawn("mfu", "Not known: it needs the FLOPs of a token and what the device can do as its \
-vendor says, and the records of this run do not hold both.") }}</div></section>
+<h3>Model FLOPs utilisation</h3>{{ drawn("mfu", "Not known: the records of this run do not hold the FLOPs of a token, or what \
+the devices could do.") }}</div></section>
 
 {% call section("phases", "Phases") %}<p>Where the time of a step goes. Collectives are those that nothing overlaps.</p>
 <p>Look for data wait, and for collectives that grow.</p>{% endcall %}

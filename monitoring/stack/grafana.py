@@ -97,7 +97,6 @@ def settings(setup: Setup, *, home: str) -> str:
             "secret_key": f"$__file{{{setup.path(SECRET_KEY_FILE)}}}",
             "disable_gravatar": "true",
             "cookie_secure": str(setup.tls).lower(),
-            "cookie_samesite": "strict",
         },
         "auth.anonymous": {"enabled": "false"},
         "users": {"allow_sign_up": "false", "allow_org_create": "false"},

@@ -62,6 +62,8 @@ def _command(setup: Setup, installed: Installed, url: str) -> tuple[str, ...]:
         # Prometheus 3 made a flag of its own of it.
         words.append("--agent" if installed.release >= (3, 0) else "--enable-feature=agent")
         words.append(f"--storage.agent.path={setup.path(AGENT_DATA)}")
+        # What is not sent by then is sent after the next start; by default a minute, and it is killed before that.
+        words.append("--storage.remote.flush-deadline=5s")
     else:
         words.append(f"--storage.tsdb.path={setup.path(DATA)}")
         words.append(f"--storage.tsdb.retention.time={setup.monitoring.keep_days}d")

@@ -68,7 +68,8 @@ def up(site: Site, *, patience_s: float = PATIENCE_S) -> list[Outcome]:
         names = wanted(site.monitoring, installed)
         setup = prepare(site, folder)
         _check_ports(site, names, known)
-        end((one.pid, one.pid_start) for name, one in known.items() if name in NAMES and name not in names)
+        dropped = [known.pop(name) for name in NAMES if name in known and name not in names]
+        end((one.pid, one.pid_start) for one in dropped)
         done = [node_agent.up(site, known, setup.password_hash)]
         write_started(folder, known)
         parts = make_parts(replace(setup, agent_url=done[0].url), installed)
@@ -82,9 +83,7 @@ def down(site: Site) -> list[tuple[PartName, Started]]:
     if not folder.exists():
         return []
     with locked(folder):
-        # Those that ask first: none is then heard complaining of another that is gone.
-        known = sorted(read_started(folder).items(), key=lambda one: ("grafana", "prometheus").count(one[0]), reverse=True)
-        running = [(name, one) for name, one in known if one.alive]
+        running = [(name, one) for name, one in read_started(folder).items() if one.alive]
         end((one.pid, one.pid_start) for _, one in running)
         write_started(folder, {})
     return running

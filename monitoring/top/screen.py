@@ -11,7 +11,7 @@ from outgrow.monitoring.live import describe, duration
 from outgrow.monitoring.top.view import RankLine, View
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
+    from rich.console import Console, ConsoleOptions, Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -19,6 +19,7 @@ SHOWN_RANKS = 16
 SILENT_S = 30.0
 """A rank that gave no sign for longer is marked."""
 _BAR = 28
+_PAIR_CHARS = 36
 _STYLES = {
     "running": "bold green",
     "finished": "bold green",
@@ -46,7 +47,7 @@ def _parts(view: View) -> Iterator[RenderableType]:
     yield _headline(view)
     yield _progress(view)
     yield Text()
-    yield _pairs(_figures(view))
+    yield _Pairs(_figures(view))
     if view.phases:
         yield Text()
         yield _phases(view)
@@ -55,7 +56,7 @@ def _parts(view: View) -> Iterator[RenderableType]:
         yield _ranks(view)
     if view.shards:
         yield Text()
-        yield _tiers(view)
+        yield from _tiers(view)
     if view.events:
         yield Text()
         yield from _events(view)
@@ -104,15 +105,20 @@ def _checkpoint(view: View) -> str:
     return ", ".join(part for part in (step, age) if part) or _NONE
 
 
-def _pairs(pairs: Iterable[tuple[str, str]]) -> Table:
-    """Names and values, three to a line."""
-    from rich.table import Table
+class _Pairs:
+    """Names and values, as many to a line as fit."""
 
-    table = Table.grid(padding=(0, 2))
-    cells = [(name, value) for name, value in pairs]
-    for at in range(0, len(cells), 3):
-        table.add_row(*(_pair(name, value) for name, value in cells[at : at + 3]))
-    return table
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._pairs = list(pairs)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        a_line = max(1, options.max_width // _PAIR_CHARS)
+        for at in range(0, len(self._pairs), a_line):
+            table.add_row(*(_pair(name, value) for name, value in self._pairs[at : at + a_line]))
+        yield table
 
 
 def _pair(name: str, value: str) -> Text:
@@ -158,7 +164,9 @@ def _troubles(line: RankLine, view: View) -> bool:
     return not over and (not line.alive or line.behind > 1 or (line.silent_s or 0.0) > SILENT_S)
 
 
-def _tiers(view: View) -> Table:
+def _tiers(view: View) -> Iterator[RenderableType]:
+    from rich.text import Text
+
     shards = view.shards
     assert shards is not None
     hits = f"{shards.hits / shards.visits:.1%} hits" if shards.visits else "no visits"
@@ -169,9 +177,8 @@ def _tiers(view: View) -> Table:
         cells = (name, f"{own.shards:,}", f"{short(own.bytes)}B", speed, f"{sum(own.errors.values()):,}")
         table.add_row(*map(_plain, cells))
     words = (hits, room, f"{shards.refetches:,} fetched again", f"waited {shards.wait_s:,.1f} s", f"queue {shards.queue:,}")
-    table.caption = ", ".join(word for word in words if word)
-    table.caption_justify = "left"
-    return table
+    yield table
+    yield Text(", ".join(word for word in words if word), style="dim")
 
 
 def _events(view: View) -> Iterator[Text]:

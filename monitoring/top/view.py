@@ -131,7 +131,8 @@ def _state(told: Sequence[Told], owner: str, last: StepRecord | None) -> str:
     states = [own.state for own in told]
     worst = next((state for state in _WORST_FIRST if state in states), None)
     if worst:
-        return worst
+        # Whoever started them is there still, and starts them again: a run has failed when that has given up.
+        return "restarting" if worst == "failed" and owner else worst
     first = next((own.state for own in told if any(rank.rank == 0 for rank in own.ranks)), None)
     if first or states:
         return first or states[0]

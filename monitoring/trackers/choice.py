@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from outgrow.contracts import JsonDict
-from outgrow.errors import PlanError
+from outgrow.errors import PlanError, UserError
 from outgrow.monitoring.trackers.mirror import Mirrored, bring
 from outgrow.monitoring.trackers.tracking import OpenTracker, Tracker
 from outgrow.recipes.schema import Recipe
@@ -29,16 +30,35 @@ def tracker_environment(names: Sequence[str]) -> dict[str, str]:
     return {variable: value for name in names for variable, value in _ENVIRONMENT.get(name, {}).items()}
 
 
+def known_trackers(names: Iterable[str]) -> tuple[str, ...]:
+    """``names`` as they are, each once. Raises ``UserError`` for one that is no tracker."""
+    asked = tuple(dict.fromkeys(names))
+    for name in asked:
+        if name not in _PACKAGES:
+            near = difflib.get_close_matches(name, _PACKAGES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(_PACKAGES)}"
+            raise UserError(f"no tracker '{name}'", hint=hint)
+    _refuse_missing(asked)
+    return asked
+
+
 def check_trackers(recipe: Recipe) -> None:
     """Nothing where every tracker of the recipe can be imported here. Raises ``PlanError`` naming those that cannot."""
-    missing = [name for name in recipe.logging.trackers if find_spec(name) is None]
+    try:
+        _refuse_missing(recipe.logging.trackers)
+    except PlanError as error:
+        error.where = "logging.trackers"
+        raise
+
+
+def _refuse_missing(names: Sequence[str]) -> None:
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
-        others = [name for name in recipe.logging.trackers if name not in missing]
+        packages, are = " and ".join(_PACKAGES[name] for name in missing), "are" if len(missing) > 1 else "is"
+        others = ",".join(name for name in names if name not in missing)
         raise PlanError(
-            f"the recipe asks for {' and '.join(missing)}, but {' and '.join(_PACKAGES[name] for name in missing)} "
-            f"{'are' if len(missing) > 1 else 'is'} not installed",
-            where="logging.trackers",
-            hint=f"pip install 'outgrow[{','.join(missing)}]', or logging.trackers=[{','.join(others)}]",
+            f"{' and '.join(missing)} cannot be told of the run: {packages} {are} not installed",
+            hint=f"pip install 'outgrow[{','.join(missing)}]', or leave out: logging.trackers=[{others}]",
         )
 
 

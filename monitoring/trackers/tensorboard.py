@@ -21,8 +21,8 @@ class TensorBoard:
     """One event file more in ``folder``; a run has one for each of its starts."""
 
     def __init__(self, folder: Path, recipe: JsonDict) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         self._events, self._summaries = event_pb2, summary_pb2
         self._recipe = recipe

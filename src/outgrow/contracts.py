@@ -8,7 +8,6 @@ JSON.
 
 from __future__ import annotations
 
-import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -44,10 +43,14 @@ class Record:
         return cls(**{name: _revive(hints[name], value) for name, value in data.items()})
 
 
-@functools.cache
+_HINTS: dict[type[Record], dict[str, Any]] = {}
+
+
 def _hints(cls: type[Record]) -> dict[str, Any]:
-    """The types of the fields; asked for each record anew they took most of the time of reading an ``events.jsonl``."""
-    return typing.get_type_hints(cls)
+    """The types of the fields; worked out for each record anew they took most of the time of reading an ``events.jsonl``."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _revive(hint: Any, value: Any) -> Any:

@@ -38,7 +38,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     with small_disk(folder / "storage", 100 * 2**20), story(folder) as scene, nvml_agent(scene):
         place = scene.place
         place.run("data", "build", "main.yaml")
-        place.run("data", "place", "main.yaml", "--apply")
+        place.run("data", "place", "--apply")
         _a_run_with_faults(scene)
         _a_run_that_diverges(scene)
         _an_agent_that_dies(scene)
@@ -48,7 +48,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 def _a_run_with_faults(scene: Story) -> None:
     place = scene.place
     first = place.start("train", "main.yaml")
-    scene.wait(lambda: scene.step("main") >= 45, "step 45 of main")
+    scene.wait(lambda: scene.step("main") >= 45, "step 45 of main", timeout_s=300)
     damage_copies(place.folder / "usb")
 
     scene.notes["killed at"] = scene.step("main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from agent_runs import attempt_facts
 from doctor import need
 from prometheus_client.exposition import choose_encoder, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -104,8 +106,6 @@ def test_two_samples_of_one_series_are_one_and_odd_labels_spoil_nothing() -> Non
 
 
 def test_mfu_of_ranks_on_other_nodes() -> None:
-    from agent_runs import attempt_facts
-
     facts = attempt_facts(world=4, vendor_flops=1000.0)
     assert mfu(facts, 1000.0, []) == {"vendor": 0.25}
     assert mfu(facts, 1000.0, [500.0, 300.0]) == {"vendor": 0.25, "measured": 1000.0 / (4 * 400.0)}
@@ -121,7 +121,7 @@ def whole_node(folder: Path, num_ranks: int) -> Collector:
     node = node_folder(site)
     counts = folder / "counts.json"
     traffic = TierTraffic(shards=3, bytes=1000, read_s=0.5, errors={"digest": 1})
-    counts.write_text(__import__("json").dumps(ShardCounts(visits=4, hits=1, misses=3, tiers={"usb": traffic}).to_dict()))
+    counts.write_text(json.dumps(ShardCounts(visits=4, hits=1, misses=3, tiers={"usb": traffic}).to_dict()))
     facts = {"device": "cuda", "vendor_flops": 1e6, "gpu_hour_usd": 2.0, "shard_counts": str(counts), "steps": 100}
     attempt = started(node, "run-abc", range(num_ranks), tiers={"usb": str(folder)}, **facts)
     for rank in range(num_ranks):

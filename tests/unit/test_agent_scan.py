@@ -204,3 +204,10 @@ def test_what_is_not_ours_stays(node: Path, tmp_path: Path, monkeypatch: pytest.
     assert sorted(os.listdir(folder)) == ["notes.txt", "rank-00007.rec"]
     assert (records / "mine" / "rank-00000.rec").read_text() == "mine"
     assert (records / "linked").is_symlink() and (records / "run" / "000000000000001-x").is_symlink()
+
+
+def test_the_agent_imports_nothing_heavy() -> None:
+    code = "import sys, outgrow.monitoring.agent.lifetime; print([name for name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    heavy = ("torch", "ray", "transformers", "streaming", "numpy", "tokenizers", "pandas", "pyarrow")
+    assert not [name for name in heavy if f"'{name}'" in loaded]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -17,7 +18,15 @@ from full_disk import files_limited_to
 
 from outgrow.contracts import StepRecord
 from outgrow.monitoring import event_files, events
-from outgrow.monitoring.event_files import ObjectSink, line_of, next_to_thin, read_lines, thinned
+from outgrow.monitoring.event_files import (
+    ObjectSink,
+    has_lines,
+    line_of,
+    newest_lines,
+    next_to_thin,
+    read_lines,
+    thinned,
+)
 from outgrow.monitoring.events import EventLog, newest_counters, read_events
 from outgrow.monitoring.live import describe, duration
 from outgrow.storage import Storage
@@ -307,16 +316,32 @@ def test_counters_are_read_from_the_end_of_a_big_file(tmp_path: Path, monkeypatc
     sink.append(b"".join(lines), last=False)
     sink.append(line_of(vars(record(1, kind="end", detail={"folder": "x" * 200_000}))), last=True)
     asked = 0
-    read_range = storage.read_range
+    pread = os.pread
 
-    def counted(key: str, start: int, stop: int) -> bytes:
+    def counted(descriptor: int, count: int, offset: int) -> bytes:
         nonlocal asked
-        asked += stop - start
-        return read_range(key, start, stop)
+        asked += count
+        return pread(descriptor, count, offset)
 
-    monkeypatch.setattr(storage, "read_range", counted)
+    monkeypatch.setattr(os, "pread", counted)
     assert newest_counters(storage, "r") == (29_999.0, {"steps": 29_999.0})
     assert asked < 1_000_000
+
+
+@pytest.mark.usefixtures("small")
+def test_a_file_that_gets_its_number_while_it_is_read_backwards_is_read_on(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("r/run.json", b"{}")
+    assert not has_lines(storage, "r")
+    sink = event_files.open_sink(storage, "r", 0.0)
+    sink.append(line_of(vars(record(1, detail={"text": "x" * 500}))), last=False)
+    sink.append(line_of(vars(record(2))), last=False)
+    lines = newest_lines(storage, "r")
+    assert next(lines)["step"] == 2
+    sink.append(line_of(vars(record(3, detail={"text": "x" * 500}))), last=False)
+    assert "events.jsonl" not in storage.names("r") and has_lines(storage, "r")
+    assert [line["step"] for line in lines] == [1]
+    assert [line["step"] for line in newest_lines(storage, "r")] == [3, 2, 1]
 
 
 def test_a_line_for_a_person() -> None:

@@ -38,8 +38,6 @@ from outgrow.monitoring.stack.processes import (
 from outgrow.monitoring.stack.status import behind_s
 from outgrow.monitoring.stack.up import down, stack_folder, up
 
-PATH = os.environ["PATH"]
-
 
 def program(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,16 @@ import yaml
 from doctor import need
 from monitor_sites import site_in, write_certificate, write_password
 
+from outgrow.cli import monitor
 from outgrow.errors import MonitorError, SiteError
 from outgrow.monitoring.stack import access, alertmanager, compose, grafana, parts, prometheus
 from outgrow.monitoring.stack.installed import Installed, PartName
 from outgrow.monitoring.stack.part import Part, Setup
 from outgrow.monitoring.stack.processes import Started
 from outgrow.monitoring.stack.up import decide
+from outgrow.recipes.schema.monitoring import Monitoring
 from outgrow.recipes.schema.site import Site
+from outgrow.recipes.site_loading import load_site
 
 PASSWORD, WEBHOOK = "correct $horse battery", "https://chat.example/hook/very-secret"
 PROGRAMS: dict[PartName, Installed] = {
@@ -366,6 +369,21 @@ def test_a_written_folder_is_written_again_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "mine/notes").touch()
     with pytest.raises(MonitorError, match="not empty"):
         compose.write(site, tmp_path / "mine")
+
+
+def test_the_sites_of_the_documentation_are_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALERT_WEBHOOK", WEBHOOK)
+    page = (Path(__file__).parent.parent.parent / "docs/monitoring.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"site-{number}.yaml"
+        path.write_text(f"schema: 1\n{block}")
+        load_site(path)
+    for key in re.findall(r"`monitoring\.(\w+)`", page):
+        assert key in Monitoring.model_fields, key
+    for command in re.findall(r"outgrow monitor (\w+)", page):
+        assert command in {one.callback.__name__ for one in monitor.app.registered_commands if one.callback}, command
 
 
 def test_a_setup_knows_no_secret_in_its_representation(tmp_path: Path) -> None:

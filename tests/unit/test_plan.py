@@ -264,3 +264,11 @@ def test_rendered_for_people() -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (96 * GB, "96.0 GB")])
 def test_sizes_read_as_disks_are_sold(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_history_of_allocations_is_refused_where_no_device_keeps_one() -> None:
+    asked = recipe(profile={"steps": 3, "memory": True})
+    made = plan(asked)
+    assert [refusal.nearest for refusal in made.refusals] == ["profile.memory=false: the trace of the steps alone"]
+    assert not plan(asked, inventory=machine(gpus=1)).refusals
+    assert not plan(recipe(profile={"memory": True})).refusals

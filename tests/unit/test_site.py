@@ -124,6 +124,20 @@ def test_a_secret_is_seen_nowhere_but_in_the_plain_data(tmp_path: Path, monkeypa
     assert on_a_worker == site
 
 
+def test_urls_of_monitoring_may_be_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", "https://chat.example/hunter2")
+    text = "monitoring: {alert_webhook: '${env:HOOK}', remote_write: {url: 'https://me:hunter2@home.example/write'}}"
+    site = load_site(write(tmp_path / "site.yaml", text))
+    on_a_worker = Site.model_validate(pickle.loads(pickle.dumps(site.to_dict())))
+    for one in (site, on_a_worker):
+        data = one.to_dict()["monitoring"]
+        assert data["alert_webhook"] == "https://chat.example/hunter2"
+        assert data["remote_write"]["url"] == "https://me:hunter2@home.example/write"
+        assert "hunter2" not in f"{one!r} {one} {one.model_dump_json()}"
+    assert on_a_worker == site
+    assert Site().to_dict()["monitoring"]["alert_webhook"] == ""
+
+
 def test_tiers_have_folders_relative_to_the_file_and_secrets_out_of_sight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from outgrow.contracts import JsonDict, StepRecord
-from outgrow.errors import PlanError
+from outgrow.errors import PlanError, RunError, UserError
 from outgrow.monitoring.events import EventLog, read_events
 from outgrow.monitoring.trackers import Tracking, choice, open_trackers, rebuild, tracking
 from outgrow.monitoring.trackers.points import flat, furthest_kept, last_trained, points_of
@@ -21,7 +21,11 @@ from outgrow.recipes.schema import Recipe
 from outgrow.storage import Storage
 
 RUN = "runs/tiny-1234"
-RECIPE: JsonDict = {"schema": 1, "run": {"name": "tiny", "seed": 3}, "optimizer": {"learning_rate": 0.001, "betas": [0.9, 0.95]}}
+RECIPE: JsonDict = {
+    "schema": 1,
+    "run": {"name": "tiny", "seed": 3},
+    "optimizer": {"learning_rate": 0.001, "betas": [0.9, 0.95]},
+}
 
 
 def record(kind: str, step: int, **values: Any) -> StepRecord:
@@ -176,10 +180,25 @@ def test_wandb_stays_offline_under_one_id_and_rebuilt_has_each_step_once(tmp_pat
 
 
 def test_what_a_later_start_went_back_behind_is_void() -> None:
-    starts = [("start", 0), ("step", 1), ("step", 2), ("step", 3), ("start", 2), ("step", 3), ("step", 4), ("start", 1), ("step", 2)]
+    starts = [
+        ("start", 0),
+        ("step", 1),
+        ("step", 2),
+        ("step", 3),
+        ("start", 2),
+        ("step", 3),
+        ("step", 4),
+        ("start", 1),
+        ("step", 2),
+    ]
     records = [record(kind, step, loss=float(at)) for at, (kind, step) in enumerate(starts)]
     kept = list(last_trained(records, furthest_kept(records)))
-    assert [(r.kind, r.step, r.loss) for r in kept] == [("start", 0, 0.0), ("step", 1, 1.0), ("start", 1, 7.0), ("step", 2, 8.0)]
+    assert [(r.kind, r.step, r.loss) for r in kept] == [
+        ("start", 0, 0.0),
+        ("step", 1, 1.0),
+        ("start", 1, 7.0),
+        ("step", 2, 8.0),
+    ]
     # The slow twin: each start throws away what was said of later steps.
     slow: list[StepRecord] = []
     for each in records:
@@ -293,7 +312,13 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
     with pytest.raises(PlanError) as caught:
         choice.check_trackers(recipe)
     assert "mlflow-skinny is not installed" in str(caught.value)
-    assert "pip install 'outgrow[mlflow]', or logging.trackers=[tensorboard,wandb]" in str(caught.value)
+    assert "pip install 'outgrow[mlflow]', or leave out: logging.trackers=[tensorboard,wandb]" in str(caught.value)
+    assert caught.value.where == "logging.trackers"
+
+
+def test_an_unknown_tracker_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean wandb"):
+        choice.known_trackers(["wandbs"])
 
 
 def test_a_folder_that_cannot_be_written_drops_the_tracker_alone(tmp_path: Path) -> None:
@@ -302,3 +327,33 @@ def test_a_folder_that_cannot_be_written_drops_the_tracker_alone(tmp_path: Path)
     gone = log_and_track(storage, tmp_path / "node", ["tensorboard"], [first_start()])
     assert len(gone) == 1 and gone[0].startswith("tensorboard: FileExistsError")
     assert len(list(read_events(storage, RUN))) == 8
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+def test_runs_track_makes_the_files_anew_and_leaves_a_running_one_alone(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from outgrow.cli.runs import app
+    from outgrow.cluster import run_lock
+    from outgrow.cluster.runs import RunFile
+
+    storage = Storage(str(tmp_path / "storage"))
+    recipe = RECIPE | {"logging": {"trackers": ["tensorboard", "mlflow"]}}
+    stored = RunFile(name="tiny", fingerprint="1234", created="2026-11-21T00:00:00+00:00", recipe=recipe)
+    storage.write_json(f"{RUN}/run.json", stored.to_dict())
+    log_and_track(storage, tmp_path / "node", [], [first_start(), second_start()])
+    site = tmp_path / "site.yaml"
+    site.write_text(f"schema: 1\nstorage: storage\nmonitoring: {{folder: {tmp_path}/state}}\n")
+    words = ["track", "tiny", "--site", str(site)]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["tensorboard", "14"], ["mlflow", "14"]]
+    assert tensorboard_of(tmp_path / "storage" / RUN / "tensorboard")["train/loss"] == LOSSES
+    again = CliRunner().invoke(app, [*words, "--to", "tensorboard"], catch_exceptions=False)
+    assert len(again.stdout.splitlines()) == 1
+    assert len(list((tmp_path / "storage" / RUN / "tensorboard").iterdir())) == 1
+    with run_lock.hold(storage, RUN), pytest.raises(RunError, match="it goes on just now"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    with pytest.raises(UserError, match="did you mean wandb"):
+        CliRunner().invoke(app, [*words, "--to", "wandbs"], catch_exceptions=False)

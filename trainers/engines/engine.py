@@ -55,6 +55,12 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """``sum(weights * nll)`` and ``sum(weights)`` of this rank's batch, scalars on the device; no gradients, no dropout."""
 
+    def logits(self, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [n, vocabulary] on the device of what follows the last token of each row; no gradients, no dropout.
+
+        Arguments as in ``Batch``, [n, L], equal on all ranks.
+        """
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of all that a checkpoint keeps: ``model/<parameter>`` and ``optim/<parameter>/{exp_avg,exp_avg_sq,step}``.
 

@@ -26,6 +26,15 @@ def batch_nll(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return weighted_nll(logits, batch.targets, batch.weights)
 
 
+def last_logits(
+    model: PreTrainedModel, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Scores float32 [n, vocabulary] of what follows the last token of each row; arguments as in ``Batch``, on the model's
+    device."""
+    logits: torch.Tensor = model(input_ids=token_ids, **attention_inputs(model.config, segments, positions)).logits
+    return logits[:, -1].float()
+
+
 def batch_sums(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum(weights * nll)`` and ``sum(weights)`` of a batch, float64 so that a sum over many batches loses none."""
     return batch_nll(model, batch).double(), batch.weights.sum(dtype=torch.float64)

@@ -22,7 +22,7 @@ from outgrow.recipes.schema.training import Fsdp2
 from outgrow.trainers.engines.activations import checkpoint_activations
 from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.engines.engine import Mark, StepSums
-from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
+from outgrow.trainers.engines.forward import batch_nll, batch_sums, last_logits, to_device
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.models.families import blocks
 from outgrow.trainers.regions import TensorSource, fill
@@ -78,6 +78,13 @@ class Fsdp2Engine:
         # The root stays gathered after a forward pass, for a backward pass that does not come here.
         self._root.reshard()
         return sums
+
+    @torch.no_grad()
+    def logits(self, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self._model.train(False)
+        logits = last_logits(self._model, *(t.to(self._device) for t in (token_ids, segments, positions)))
+        self._root.reshard()  # as after `evaluate`
+        return logits
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._optimizer.tensors()

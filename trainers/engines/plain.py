@@ -18,7 +18,7 @@ from outgrow.recipes.schema import Recipe
 from outgrow.trainers.engines.activations import checkpoint_activations
 from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.engines.engine import Mark, StepSums
-from outgrow.trainers.engines.forward import batch_nll, batch_sums, to_device
+from outgrow.trainers.engines.forward import batch_nll, batch_sums, last_logits, to_device
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.models.families import blocks
 from outgrow.trainers.regions import TensorSource, fill
@@ -62,6 +62,11 @@ class PlainEngine:
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self._model.train(False)
         return batch_sums(self._model, to_device(batch, self._device))
+
+    @torch.no_grad()
+    def logits(self, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self._model.train(False)
+        return last_logits(self._model, *(t.to(self._device) for t in (token_ids, segments, positions)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._optimizer.tensors()

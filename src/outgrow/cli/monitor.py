@@ -101,7 +101,7 @@ def compose(
 
     names = composing.write(open_site(site), folder.absolute())
     typer.echo(f"wrote {folder / composing.FILE}: {', '.join(names)}")
-    typer.echo(f"start it:  docker compose --project-directory {folder} up --detach")
+    typer.echo(f"start it:  docker compose --file {folder / composing.FILE} up --detach")
     if "grafana" in names:
         typer.echo(f"Grafana: user {USER}, password in {folder / PASSWORD_FILE}")
     typer.echo("the node agent runs outside: outgrow monitor agent --keep")

@@ -52,13 +52,16 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
     """The plan of a run that goes to ``target``; ``inventory`` is of the machines that it has."""
     from outgrow.cluster.plan import make_plan
     from outgrow.cluster.ray_environment import driver_environment
+    from outgrow.monitoring.trackers import check_trackers, tracker_environment
     from outgrow.trainers.models.build import facts
     from outgrow.trainers.schedule import learning_rate
 
     learning_rate(opened.recipe, 0, 1)  # a custom schedule that cannot be called is refused here
+    check_trackers(opened.recipe)
     if card is not None:
         _check_tokenizer(opened, card)
     embedded = target.address is None
+    environment = driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ)
     return make_plan(
         opened.recipe,
         opened.site,
@@ -66,7 +69,7 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
         card,
         facts(opened.recipe, opened.site, card),
         free_bytes=_room(opened, card, fresh=fresh),
-        environment=driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ),
+        environment=environment | tracker_environment(opened.recipe.logging.trackers),
         cluster=target.address,
         reading=_reading(opened, card) if card is not None and embedded else None,
     )

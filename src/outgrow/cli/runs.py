@@ -56,6 +56,34 @@ def show(
         typer.echo(f"{'lost shard':<12}{loss.stream} {loss.shard}: {describe(loss)}; {loss.reason}")
 
 
+@app.command()
+def track(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.", show_default=False)],
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", help="tensorboard, mlflow or wandb, each with an option of its own; else those of the recipe."),
+    ] = None,
+    site: SiteOption = None,
+) -> None:
+    """Make the files of RUN's trackers anew from its events.jsonl; those that are there are replaced."""
+    from outgrow.cluster.run_lock import holder
+    from outgrow.cluster.runs import find_run
+    from outgrow.errors import RunError
+    from outgrow.monitoring.recording.attempt import node_folder
+    from outgrow.monitoring.trackers import known_trackers, rebuild
+
+    opened = open_site(site)
+    storage = opened.open_storage()
+    stored = find_run(storage, run)
+    folder = stored.ref.folder
+    names = known_trackers(to if to else stored.file.recipe.get("logging", {}).get("trackers", ("tensorboard",)))
+    if owner := holder(storage, folder):
+        raise RunError(f"it goes on just now ({owner}), and tells its trackers itself", where=folder, hint="stop it first")
+    for name in names:
+        told = rebuild(name, stored.file.recipe, storage, folder, node_folder(opened))
+        typer.echo(f"{name:<12}{told:,} records  {storage.root_url.rstrip('/')}/{folder}/{name}")
+
+
 def _row(known: RunStatus) -> tuple[str, ...]:
     folder = known.stored.ref.folder.rpartition("/")[2]
     loss, validation = _loss(known.newest.get("step")), _loss(known.newest.get("validation"))
