@@ -56,6 +56,17 @@ STALLED = (
     ),
 )
 
+FAILED = (
+    case(
+        "Failed",
+        "one run failed, another is being started again",
+        state(A, N, running="1x9 0x9", failed="0x9 1x9") | state(B, N, running="1x9 0x9", restarting="0x9 1x9", failed="0x19"),
+        "12m",
+        f"{A},{N}",
+    ),
+    case("Failed", "it was resumed", state(A, N, failed="1x9 0x9", running="0x9 1x9"), "12m"),
+)
+
 _ON_ANOTHER = {
     series: values
     for word in ("starting", "running", "stalled", "restarting")
@@ -408,6 +419,7 @@ XID = (
 
 CASES = (
     *STALLED,
+    *FAILED,
     *LOST,
     *NONFINITE,
     *LOSS_SPIKE,

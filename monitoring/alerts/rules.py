@@ -94,6 +94,22 @@ smaller batch of a rank; `outgrow plan` shows what is needed. The alert is kept 
 and ends as soon as the run is active again; silence it in Alertmanager where the run is not to go on.""",
     ),
     Alert(
+        name="OutgrowFailed",
+        expr='max by (run, node) (outgrow_run_state{state="failed"}) == 1',
+        for_="0s",
+        severity="critical",
+        labels=("run", "node"),
+        dashboard="outgrow-run",
+        summary="{{ $labels.run }} has ended with an error",
+        description="{{ $labels.run }} stopped with an error of outgrow's own, which another start would only meet again. Other "
+        "errors, and lost ranks, start it again by themselves and do not come here.",
+        runbook="""\
+**See it.** The last lines of the terminal, or of `ray job logs`, say what was wrong and what would help.
+
+**Do.** As it says there; then give the same command again: it goes on from the last checkpoint. The alert ends when the run
+lives, or an hour later.""",
+    ),
+    Alert(
         name="OutgrowNonFinite",
         # Such a step ends the run, maybe before it was ever scraped.
         expr=_line(

@@ -20,12 +20,13 @@ from outgrow.trainers import stall_watch
 from outgrow.trainers.stall_watch import COLLECTIVES, STACKS, StallWatch, write_dump
 
 
-def wait_for(folder: Path, count: int) -> list[Path]:
+def hang_until(folder: Path, text: str) -> Path:
+    """The stacks once they hold ``text``."""
     deadline = time.monotonic() + 20
-    while len(found := sorted(folder.glob(f"*-rank-00003/{STACKS}"))) < count:
+    while not (found := [path for path in folder.glob(f"*-rank-00003/{STACKS}") if text in path.read_text()]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return found
+    return found[0]
 
 
 def test_one_dump_for_each_stall_and_none_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +49,10 @@ def test_one_dump_for_each_stall_and_none_without(tmp_path: Path, monkeypatch: p
 
 def test_the_dump_has_the_stack_of_the_thread_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stall_watch, "POLL_S", 0.01)
-    watch = StallWatch(tmp_path, 3, lambda: 0.0, lambda: 1.0)
-    stacks = wait_for(tmp_path, 1)[0]
+    since = time.monotonic()
+    watch = StallWatch(tmp_path, 3, lambda: 0.5, lambda: time.monotonic() - since)
+    stacks = hang_until(tmp_path, "in hang_until")
     watch.close()
-    assert "wait_for" in stacks.read_text()
     assert not (stacks.parent / COLLECTIVES).exists()
 
 
