@@ -64,7 +64,7 @@ cluster: {{token_file: token}}
 tiers:
   - {{name: nvme, path: nvme, reserve: 1 MB, run_cache: 500 kB}}
   - {{name: usb, path: usb, reserve: 0 B, limit: {limit}}}
-  - {{name: home, path: storage, reserve: 1 MB}}
+  - {{name: home, path: storage, reserve: 1 MB, limit: {limit}}}
 place: {{datasets: [usb]}}
 prices: {{gpu_hour: 2}}
 monitoring:

@@ -11,10 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("recipes", "streaming", "monitoring", "trainers", "cluster")
-SPINE = {"errors", "contracts", "processes", "retry", "multipart", "storage", "torchvision", "html_page", "__init__"}
+SPINE = {"errors", "record", "contracts", "processes", "retry", "multipart", "storage", "torchvision", "html_page", "__init__"}
 MAY_IMPORT = {
     "errors": set(),
-    "contracts": set(),
+    "record": set(),
+    "contracts": {"record"},
     "processes": set(),
     "retry": {"errors"},
     "multipart": {"errors", "retry"},

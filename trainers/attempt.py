@@ -11,7 +11,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -58,6 +58,11 @@ class Attempt:
         """Where it is written what the node's ranks did when a step stalled."""
         return node_folder(self.site) / "stalls" / run_label(self.job)
 
+    @property
+    def calls_agent(self) -> bool:
+        """Whether this rank is the one of its node that sees to an agent."""
+        return self.site.monitoring.agent and not self.context.local_rank
+
     def cause(self, step: int) -> RestartCause | None:
         """Why the run was started again, this time to go on from ``step``; None at its first start."""
         if self.context.cause:
@@ -76,11 +81,20 @@ class Attempt:
 
 def call_agent(attempt: Attempt) -> str:
     """See to it that the node has an agent where the site wants one; what came of it, for a person. For one rank of a node."""
-    if not attempt.site.monitoring.agent or attempt.context.local_rank:
+    if not attempt.calls_agent:
         return ""
     from outgrow.monitoring.agent.start import ensure_agent
 
     return ensure_agent(attempt.site)
+
+
+def lookout(attempt: Attempt) -> AbstractContextManager[object]:
+    """While it is open, an agent that was killed is followed by another."""
+    if not attempt.calls_agent:
+        return nullcontext()
+    from outgrow.monitoring.agent.lookout import Lookout
+
+    return closing(Lookout(attempt.site))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from outgrow.recipes.mix import Mix
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
-from outgrow.trainers.attempt import Attempt, call_agent, facts_of, recorded, told_start
+from outgrow.trainers.attempt import Attempt, call_agent, facts_of, lookout, recorded, told_start
 from outgrow.trainers.bring_up import Started, build_model, finished, prepare_process, start_engine, step_seed
 from outgrow.trainers.ceilings import arithmetic_of, measured_flops
 from outgrow.trainers.checkpoint.catalog import newest
@@ -115,6 +115,7 @@ def _go_on(attempt: Attempt, recipe: Recipe, storage: Storage, steps: int, recor
     with (
         closing(_saves(recipe, storage, group, started, device)) as saves,
         closing(open_loader(job, context, layout, range(started.progress.step, steps), lost)) as loader,
+        lookout(attempt),
         closing(StallWatch(attempt.stalls, context.rank, recorder.threshold_s, recorder.open_s)),
         closing(ProfileWindow(recipe.profile, context.rank, storage, job.run.folder, device, started.progress.step)) as profile,
     ):

@@ -29,7 +29,7 @@ from outgrow.monitoring.agent.server import Route, health_route, json_route, lis
 from outgrow.monitoring.agent.shards import ShardsSource
 from outgrow.monitoring.agent.stacks import FOLDER as STALLS
 from outgrow.monitoring.agent.stacks import StallStacks
-from outgrow.monitoring.agent.start import LOG, Running, find_agent
+from outgrow.monitoring.agent.start import LOG, Running, end_agent, find_agent
 from outgrow.monitoring.recording.attempt import node_folder, records_folder
 from outgrow.monitoring.recording.recorder import start_ticks
 from outgrow.monitoring.recording.slots import FORMAT
@@ -46,8 +46,8 @@ LOG_BYTES = 1 << 20
 def serve(site: Site, *, keep: bool, detached: bool = False, on_serving: Callable[[], None] = lambda: None) -> None:
     """Be the node's agent until SIGTERM or Ctrl-C, or until no run was live for ``monitoring.idle_s`` unless ``keep``.
 
-    Returns at once where the node has an agent. ``detached``: nobody watches, and all that is said goes to its log.
-    ``on_serving`` is called once it answers. Raises
+    Returns at once where the node has an agent, unless ``keep`` and that one would end when idle: then it takes its place.
+    ``detached``: nobody watches, and all that is said goes to its log. ``on_serving`` is called once it answers. Raises
     ``MonitorError`` or ``SiteError`` where it cannot listen, and ``OSError`` where the node's folder cannot be made.
     """
     os.umask(0o077)
@@ -64,6 +64,10 @@ def serve(site: Site, *, keep: bool, detached: bool = False, on_serving: Callabl
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         seat = Seat.take(node)
+        running = find_agent(node) if seat is None else None
+        if running is not None and keep and not running.keep:
+            end_agent(node)  # it would end when idle, and this one is asked to stay
+            seat = Seat.take(node)
         if seat is None:
             running = find_agent(node)
             log.info("this node has an agent already%s", f" at {running.url}" if running else "")
@@ -125,11 +129,13 @@ class _Agent:
         on_serving()
         log.info("serving on %s", self._running.url)
         try:
-            while not ended.wait(TICK_S) and not self._seat.is_lost and not self._is_done():
+            while not ended.wait(TICK_S) and not self._seat.is_lost:
                 try:
                     self._tick()
                 except Exception:  # whatever a disk does: metrics are served meanwhile
                     log.exception("the runs could not be looked at")
+                if self._is_done():  # after the look, however long ago the one before was
+                    break
         finally:
             self._seat.hide()
             self._server.shutdown()
@@ -207,9 +213,8 @@ def _far_address(address: str) -> str:
     if address not in ("0.0.0.0", "::"):
         return address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    outside = (
-        "2001:db8::1" if ":" in address else "192.0.2.1"
-    )  # of documentation: nothing is sent, the route alone is looked up
+    # Of documentation: nothing is sent, the route alone is looked up.
+    outside = "2001:db8::1" if ":" in address else "192.0.2.1"
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((outside, 9))
         return str(probe.getsockname()[0])

@@ -51,21 +51,20 @@ class RunSource:
         self._accounts: dict[tuple[str, float], WallAccount] = {}
 
     def samples(self, runs: Sequence[RunView]) -> Iterator[Sample]:
-        told = [run for run in runs if run.tells_the_run]
-        accounts = {}
-        for run in told:
+        shown = {run.facts.run for run in runs}
+        # Kept while rank 0 has no record yet: what was shown before a restart must not fall after it.
+        self._accounts = {key: account for key, account in self._accounts.items() if key[0] in shown}
+        for run in (run for run in runs if run.tells_the_run):
             yield from _state(run)
             if 0 not in run.ranks:
                 continue
             record = run.ranks[0].record
             yield from _counted(run, record)
             # A run that was deleted and begun anew under its name starts from nothing.
-            key = (run.facts.run, record["first_start"])
-            accounts[key] = self._accounts.get(key) or WallAccount()
-            for kind, seconds in accounts[key].show(wall_seconds(run.ranks[0])).items():
+            account = self._accounts.setdefault((run.facts.run, record["first_start"]), WallAccount())
+            for kind, seconds in account.show(wall_seconds(run.ranks[0])).items():
                 yield Sample(metrics.RUN_WALL_SECONDS, (*_labels(run), kind), seconds)
             yield from _timed(run, record)
-        self._accounts = accounts
 
 
 def _labels(run: RunView) -> tuple[str, str]:

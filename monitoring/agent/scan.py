@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from outgrow.monitoring.agent.run_state import ENDED, judge, said
+from outgrow.monitoring.agent.run_state import ENDED, judge
 from outgrow.monitoring.recording.attempt import FILE, AttemptFacts, read_facts
 from outgrow.monitoring.recording.rank_file import file_name, rank_of, read_record
 from outgrow.monitoring.recording.recorder import is_alive
@@ -162,10 +162,9 @@ def _has_life(attempt: Path) -> bool:
 
 
 def _is_over(run: RunView) -> bool:
-    """Whether nothing in its records can change any more."""
-    return set(run.ranks) == set(run.facts.local_ranks) and all(
-        not rank.alive and said(rank.record) in ENDED for rank in run.ranks.values()
-    )
+    """Whether nothing in its records can change any more, nor what follows from them: one ``restarting`` may yet be lost."""
+    complete = set(run.ranks) == set(run.facts.local_ranks)
+    return complete and run.state in (*ENDED, "lost") and not any(rank.alive for rank in run.ranks.values())
 
 
 def _folders(parent: Path) -> Iterator[tuple[Path, int]]:

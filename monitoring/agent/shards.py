@@ -73,8 +73,10 @@ class ShardsSource:
         for run in runs:
             file = self._files.get(run.facts.shard_counts)
             reading = file.get(WAIT_S) if file is not None else None
-            if reading is not None and reading.value is not None and reading.age_s <= MAX_AGE_S:
-                yield from _samples((run.facts.run, run.facts.host), reading.value)
+            counts = reading.value if reading is not None and reading.age_s <= MAX_AGE_S else None
+            # Another run may have taken over the cache of one that has ended.
+            if counts is not None and counts.run == run.facts.run:
+                yield from _samples((run.facts.run, run.facts.host), counts)
 
 
 def _reader(path: str) -> Background[ShardCounts | None]:

@@ -22,7 +22,7 @@ from outgrow.recipes.schema.monitoring import Access
 _ROUNDS = 10
 _MOST_BYTES = 72
 """bcrypt takes no more of a password."""
-_TIMEOUT_S = 3.0
+_MOST_ANSWER_BYTES = 64 << 20
 
 
 def read_password(path: str, key: str) -> str:
@@ -117,6 +117,7 @@ class Client:
     certificate: str = ""
     user: str = ""
     password: str = ""
+    timeout_s: float = 3.0
 
     def get(self, url: str) -> bytes:
         """The body of an answer 200. Raises ``OSError`` for any other, and where there is none."""
@@ -128,8 +129,8 @@ class Client:
         if self.certificate:
             handlers.append(urllib.request.HTTPSHandler(context=pinned(self.certificate)))
         try:
-            with urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S) as answer:
-                return bytes(answer.read())
+            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout_s) as answer:
+                return bytes(answer.read(_MOST_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             error.close()
             raise

@@ -48,9 +48,9 @@ _HEAD = """\
 
 def write(site: Site, folder: Path) -> list[PartName]:
     """The services that the written ``folder`` starts. Raises ``MonitorError`` where it holds something else."""
-    if folder.exists() and not (folder / FILE).exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / FILE).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MonitorError(
-            "the folder is not empty, and not of outgrow monitor compose", where=str(folder), hint="name another"
+            "not an empty folder, and not one of outgrow monitor compose", where=str(folder), hint="name another"
         )
     monitoring = site.monitoring
     mounts = _access_mounts(site)

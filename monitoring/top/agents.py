@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import ssl
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from outgrow.contracts import JsonDict
+from outgrow.errors import SiteError
 from outgrow.monitoring.agent.discovery import MAX_AGE_S, Freshness, read_nodes
 from outgrow.monitoring.agent.start import find_agent
 from outgrow.monitoring.recording.attempt import node_folder
 from outgrow.monitoring.recording.slots import SLOTS
-from outgrow.recipes.schema.monitoring import Access
+from outgrow.monitoring.stack.access import Client, client
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
 
 TIMEOUT_S = 2.0
 NODES_EVERY_S = 15.0
 """How often the storage is asked for other nodes."""
-_MAX_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,34 +98,22 @@ class Agents:
     def _ask_one(self, url: str) -> list[Told] | str:
         """The runs of an agent, or why it did not answer."""
         try:
-            access, encrypted = self._site.monitoring.access, url.startswith("https:")
-            # Where others are is read from the storage: the password goes there only where TLS has shown who asks for it.
-            headers = _authorization(access) if encrypted or url == self._own else {}
-            request = urllib.request.Request(f"{url}/runs", headers=headers)
-            context = _context(access) if encrypted else None
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:
-                return read_runs(json.loads(answer.read(_MAX_BYTES)))
+            return read_runs(json.loads(self._client(url).get(f"{url}/runs")))
         except urllib.error.HTTPError as error:
-            error.close()
             return "it asks for a password (monitoring.access)" if error.code == 401 else f"HTTP {error.code}"
-        except (OSError, ValueError, HTTPException, RecursionError) as error:
+        except SiteError as error:
+            return str(error).partition("\n")[0]
+        except (OSError, ValueError, RecursionError) as error:
             return f"no answer ({type(error).__name__})"
 
-
-def _authorization(access: Access) -> dict[str, str]:
-    if not access.user:
-        return {}
-    password = Path(access.password_file).expanduser().read_text().strip()
-    return {"Authorization": f"Basic {base64.b64encode(f'{access.user}:{password}'.encode()).decode()}"}
-
-
-def _context(access: Access) -> ssl.SSLContext:
-    """Trusts the site's own certificate under any name: agents are reached by address, which it need not be made out to."""
-    context = ssl.create_default_context(cafile=str(Path(access.certificate).expanduser()) if access.certificate else None)
-    if access.certificate:
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.check_hostname = False
-    return context
+    def _client(self, url: str) -> Client:
+        """Where others are is read from the storage: the password goes only where the site's own certificate shows who asks
+        for it, and to this node's agent. Raises ``SiteError``."""
+        access = self._site.monitoring.access
+        pinned = access.certificate if url.startswith("https:") else ""
+        if pinned or url == self._own:
+            return replace(client(access), certificate=pinned, timeout_s=TIMEOUT_S)
+        return Client(timeout_s=TIMEOUT_S)
 
 
 def read_runs(data: Any) -> list[Told]:

@@ -94,6 +94,10 @@ class Monitoring(Section):
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.address not in _LOOPBACK and not self.open and not self.access.user:
             yield "address", f"given {self.address}, which others reach; set access: user and password_file, or open: true"
+        ports: dict[int, str] = {}
+        for name in ("agent_port", "prometheus_port", "alertmanager_port", "grafana_port"):
+            if (other := ports.setdefault(getattr(self, name), name)) != name:
+                yield name, f"given {getattr(self, name)}, which is {other} already; each needs a port of its own"
         if self.receive and self.remote_write is not None:
             yield "receive", "a Prometheus that sends its samples on keeps none; remove receive or remote_write"
 

@@ -1,4 +1,4 @@
-"""Every type that crosses a boundary between the folders of outgrow; imports nothing of ours, and nothing heavy.
+"""Every type that crosses a boundary between the folders of outgrow; imports nothing heavy, and of ours ``record`` alone.
 
 A run reads top-down: ``Recipe`` and ``Site`` (recipes) -> ``DatasetCard`` (streaming) -> ``Plan`` (cluster) -> ``JobSpec`` ->
 one ``train_worker(job, context)`` a rank (trainers) -> ``Layout`` -> ``StepRows``/``Batch`` -> ``StepRecord`` (monitoring) ->
@@ -8,16 +8,16 @@ JSON.
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from outgrow.record import JsonDict as JsonDict
+from outgrow.record import Record as Record
 
 if TYPE_CHECKING:
     import torch
 
-JsonDict: TypeAlias = dict[str, Any]
 EngineName: TypeAlias = Literal["plain", "fsdp2"]
 RestartCause: TypeAlias = Literal["", "rank_lost", "error", "asked"]
 DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
@@ -25,51 +25,7 @@ DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 IGNORE_INDEX = -100
 """The target of a position that predicts nothing (the last token of a document, padding)."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """A frozen value that goes through JSON and back unchanged; nested records, and lists and dicts of them, too."""
-
-    def to_dict(self) -> JsonDict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The record that ``to_dict`` wrote. Raises ``KeyError``/``TypeError`` on missing or unknown fields."""
-        hints = _hints(cls)
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise TypeError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")
-        return cls(**{name: _revive(hints[name], value) for name, value in data.items()})
-
-
-_HINTS: dict[type[Record], dict[str, Any]] = {}
-
-
-def _hints(cls: type[Record]) -> dict[str, Any]:
-    """The types of the fields; worked out for each record anew they took most of the time of reading an ``events.jsonl``."""
-    if cls not in _HINTS:
-        _HINTS[cls] = typing.get_type_hints(cls)
-    return _HINTS[cls]
-
-
-def _revive(hint: Any, value: Any) -> Any:
-    """``value`` (JSON) as the type that ``hint`` names; tuples are homogeneous (``tuple[X, ...]``), unions ``X | None``."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if value is None:
-        return None
-    if origin in (typing.Union, types.UnionType):
-        return _revive(next(a for a in args if a is not type(None)), value)
-    if origin is tuple:
-        return tuple(_revive(args[0], v) for v in value)
-    if origin is dict:
-        return {key: _revive(args[1], v) for key, v in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_dict(value)
-    return value
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
+#  --- data -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,7 +413,8 @@ class TierTraffic(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCounts(Record):
-    """What reading a run's shards through tiers has cost on one node; counts go on where a run is resumed on that node.
+    """What reading the shards of ``run`` (its folder's own name) through tiers has cost on one node; counts go on where the run
+    is resumed on that node.
 
     A visit is one pass of the training order over a shard: a hit where it lay in the first tier by itself, else a miss.
     ``fetches`` counts shards copied there, ``refetches`` those of them that had been there before, ``evictions`` those deleted
@@ -466,6 +423,7 @@ class ShardCounts(Record):
     taken, ``wait_s`` is how long readers have waited for a shard. ``tiers`` by name.
     """
 
+    run: str = ""
     visits: int = 0
     hits: int = 0
     misses: int = 0

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from outgrow.contracts import DatasetCard, JsonDict, Record, RunRef, ShardCounts
 from outgrow.recipes.schema.site import Site
@@ -250,15 +250,16 @@ def _open_supply(told: Assignment) -> tuple[Slot, Supply]:
     def divide(total: int) -> Room:
         return Room.divide(total, shards, windows, pinned)
 
+    run = PurePosixPath(told.run.folder).name
     slot = take_slot(
         hot,
         told.card.store,
-        run=f"{told.run.name}-{told.run.fingerprint[:16]}",
+        run=run,
         dataset_bytes=int(shards.num_bytes.sum()),
         smallest=divide(0).smallest,
         patience_s=_PATIENCE_S,
     )
-    counts = read_counts(slot.folder) or ShardCounts()
+    counts = read_counts(slot.folder) or ShardCounts(run=run)
     limit = hot.tier.limit_bytes_per_s
     limiter = RateLimit(limit) if limit else None
     fetcher = Fetcher(holders, told.card.store, traffic=Traffic(counts.tiers), limiter=limiter)

@@ -56,6 +56,7 @@ class Tallies:
             counts[name] += getattr(self._reached, name)
         return ShardCounts(
             **counts,
+            run=self._before.run,
             queue=queue,
             cache_bytes=cache_bytes,
             room_bytes=room_bytes,

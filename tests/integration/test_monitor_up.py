@@ -20,7 +20,9 @@ import pytest
 import yaml
 from doctor import need
 from monitor_sites import eventually, free_ports, outgrow, site_in, write_certificate, write_password, write_site
+from typer.testing import CliRunner
 
+from outgrow.cli import app
 from outgrow.monitoring.agent.start import end_agent, ensure_agent, find_agent, start_agent
 from outgrow.monitoring.recording.recorder import start_ticks
 from outgrow.monitoring.stack.access import client
@@ -112,18 +114,24 @@ def bystander(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.timeout(120)
-def test_from_up_to_down(tmp_path: Path, ended: list[Site], hook: Hook, bystander: subprocess.Popen[bytes]) -> None:
+def test_from_up_to_down(
+    tmp_path: Path, ended: list[Site], hook: Hook, bystander: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_site(tmp_path / "site")
     site = load_site(path)
     ended.append(site)
     fake_grafana.install(tmp_path / "bin")
     here = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GF_AUTH_ANONYMOUS_ENABLED": "true", "HOOK": hook.url}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
 
     def call(word: str, code: int = 0) -> str:
-        return outgrow("monitor", word, "--site", str(path), code=code, **here)
+        done = CliRunner().invoke(app, ["monitor", word, "--site", str(path)])
+        assert done.exit_code == code, done.output
+        return done.output
 
     assert set(states(call("status", code=1)).values()) == {"not started"}
-    first = call("up")
+    first = outgrow("monitor", "up", "--site", str(path))  # a process of its own, which ends and leaves them behind
     assert states(first) == dict.fromkeys(NAMES, "started")
     folder = stack_folder(site)
     called = json.loads((folder / "grafana/called.json").read_text())

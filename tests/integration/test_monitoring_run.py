@@ -95,7 +95,7 @@ def _a_run_with_faults(scene: Story) -> None:
 
 def _a_run_that_diverges(scene: Story) -> None:
     """One rank slow, its data slower, and a learning rate that ruins it in the end."""
-    scene.write("ruined", steps=300, schedule="eventful", limit="300 kB/s", seconds=0.02, slow_rank=1, slow_s=0.3, spike=120)
+    scene.write("ruined", steps=300, schedule="eventful", limit="20 kB/s", seconds=0.02, slow_rank=1, slow_s=0.3, spike=120)
     command = scene.place.start("train", "ruined.yaml")
     scene.wait(lambda: command.poll() is not None, "the end of the ruined run", timeout_s=240)
     assert command.returncode == 1

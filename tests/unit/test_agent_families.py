@@ -121,7 +121,7 @@ def whole_node(folder: Path, num_ranks: int) -> Collector:
     node = node_folder(site)
     counts = folder / "counts.json"
     traffic = TierTraffic(shards=3, bytes=1000, read_s=0.5, errors={"digest": 1})
-    counts.write_text(json.dumps(ShardCounts(visits=4, hits=1, misses=3, tiers={"usb": traffic}).to_dict()))
+    counts.write_text(json.dumps(ShardCounts(run="run-abc", visits=4, hits=1, misses=3, tiers={"usb": traffic}).to_dict()))
     facts = {"device": "cuda", "vendor_flops": 1e6, "gpu_hour_usd": 2.0, "shard_counts": str(counts), "steps": 100}
     attempt = started(node, "run-abc", range(num_ranks), tiers={"usb": str(folder)}, **facts)
     for rank in range(num_ranks):

@@ -16,6 +16,7 @@ from outgrow.monitoring.agent.samples import Sample
 from outgrow.monitoring.agent.shards import ShardsSource, read_shard_counts
 
 COUNTS = ShardCounts(
+    run="r",
     visits=100,
     hits=61,
     misses=39,
@@ -78,7 +79,7 @@ def test_no_count_is_forgotten() -> None:
     """Each field alone must change what is shown; a visit is a hit or a miss, so visits need no series."""
     before = shown_of(COUNTS)
     for field in fields(ShardCounts):
-        if field.name in ("visits", "tiers"):
+        if field.name in ("run", "visits", "tiers"):
             continue
         assert shown_of(replace(COUNTS, **{field.name: getattr(COUNTS, field.name) + 1})) != before, field.name
     for field in fields(TierTraffic):
@@ -95,19 +96,19 @@ def shown_of(counts: ShardCounts) -> dict[str, float]:
 
 def test_it_follows_the_file_and_stays_after_the_end(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
-    view = run_view(shard_counts=write(path, COUNTS))
+    view = run_view(run="r", shard_counts=write(path, COUNTS))
     source = ShardsSource()
-    assert shown(list(source.samples([view])))["cache_hits_total run n"] == 61
+    assert shown(list(source.samples([view])))["cache_hits_total r n"] == 61
     write(path, replace(COUNTS, hits=62))
-    assert shown(list(source.samples([view])))["cache_hits_total run n"] == 62
+    assert shown(list(source.samples([view])))["cache_hits_total r n"] == 62
     ended = replace(view, state="finished")
-    assert shown(list(source.samples([ended])))["cache_hits_total run n"] == 62
+    assert shown(list(source.samples([ended])))["cache_hits_total r n"] == 62
 
 
 def test_runs_on_one_node_each_have_their_own(tmp_path: Path) -> None:
     views = [
-        run_view(run="a", shard_counts=write(tmp_path / "a.json", COUNTS)),
-        run_view(run="b", shard_counts=write(tmp_path / "b.json", replace(COUNTS, hits=5))),
+        run_view(run="a", shard_counts=write(tmp_path / "a.json", replace(COUNTS, run="a"))),
+        run_view(run="b", shard_counts=write(tmp_path / "b.json", replace(COUNTS, run="b", hits=5))),
         run_view(run="in place", shard_counts=""),
         run_view(run="not yet", shard_counts=str(tmp_path / "absent.json")),
     ]
@@ -166,3 +167,11 @@ def test_a_folder_or_a_file_of_somebody_else(tmp_path: Path) -> None:
     path.chmod(0)
     if os.getuid() != 0:
         assert read_shard_counts(str(path)) is None
+
+
+def test_a_cache_that_another_run_has_taken_over_says_nothing_of_the_one_before(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.json", COUNTS)
+    before, now = (run_view(run=run, host="n", shard_counts=path) for run in ("before", "r"))
+    found = shown(list(ShardsSource().samples([before, now])))
+    assert found
+    assert not [name for name in found if " before " in f"{name} "]
