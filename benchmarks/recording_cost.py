@@ -2,7 +2,7 @@
 
     python benchmarks/recording_cost.py [--micro-batches 8] [--cold] [--steps 4000]
 
-The loop's own code between steps that do nothing, or, with --cold, that multiply a matrix and leave the processor's caches full
+The loop's own code on steps that do nothing, or, with --cold, that multiply a matrix and leave the processor's caches full
 of it. Only the time of the loop's thread counts; writers of events and trackers have threads of their own.
 """
 
@@ -102,8 +102,6 @@ def costs(folder: Path, steps: int, micro_batches: int, *, cold: bool) -> dict[b
             found[logged].append(1e6 * (time.thread_time() - start))
             if cold:
                 torch.mm(matrix, matrix, out=product)
-            else:
-                time.sleep(0)  # the other threads have their turn
     recorder.close("finished")
     return found
 

@@ -188,7 +188,7 @@ def facts_of(attempt: Attempt, layout: Layout, device: torch.device, arithmetic:
         precision=recipe.precision,
         parameters=arithmetic.parameters,
         flops_per_token=arithmetic.flops_per_token(recipe.data.sequence_length),
-        vendor_flops=vendor_flops(name, recipe.precision),
+        vendor_flops=site.device_flops or vendor_flops(name, recipe.precision),
         gpu_hour_usd=site.prices.gpu_hour,
         stall_after_s=site.monitoring.stall_after_s,
         shard_counts="",

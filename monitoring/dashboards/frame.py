@@ -94,19 +94,20 @@ def _links() -> list[Builder[models.DashboardLink]]:
 
 
 def _annotations(run: str) -> list[Builder[models.AnnotationQuery]]:
-    alerts = 'ALERTS{alertname=~"Outgrow.+",alertname!="OutgrowLossSpike",alertstate="firing"}'
+    strayed = "OutgrowLossSpike|OutgrowNonFinite"
+    alerts = f'ALERTS{{alertname=~"Outgrow.+",alertname!~"{strayed}",alertstate="firing"}}'
     if not run:
         return [_annotation("Alerts", alerts, "red", title="{{alertname}}", text="{{severity}} {{run}} {{node}} {{gpu}}")]
     # Alerts of a node are of every run on it.
     of_run = f'{alerts[:-1]},{run}}} or {alerts[:-1]},run=""}}'
-    spikes = f'ALERTS{{alertname="OutgrowLossSpike",alertstate="firing",{run}}}'
+    spikes = f'ALERTS{{alertname=~"{strayed}",alertstate="firing",{run}}}'
     restarts = f"sum by (run, cause) (changes({of(m.RUN_RESTARTS, run)}[$__rate_interval])) > 0"
     commits = f"max by (run) ({of(m.RUN_CHECKPOINT_TIME, run)}) * 1000"
     return [
         _annotation("Restarts", restarts, "orange", title="Restart: {{cause}}", text="{{run}}"),
         # The value is the time of the commit, in milliseconds.
         _annotation("Checkpoints", commits, "blue", title="Checkpoint", text="{{run}}").use_value_for_time(True),
-        _annotation("Spikes of the loss", spikes, "purple", title="Loss spike", text="{{run}}"),
+        _annotation("Spikes of the loss", spikes, "purple", title="{{alertname}}", text="{{run}}"),
         _annotation("Alerts", of_run, "red", title="{{alertname}}", text="{{severity}} {{run}} {{node}} {{gpu}}"),
     ]
 

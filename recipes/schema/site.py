@@ -62,6 +62,9 @@ class Site(Section):
     """CPU threads a rank; ``auto`` divides the cores of a node among its ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What ranks compute on; ``auto``: GPUs where there are any."""
+    device_flops: Annotated[float, Field(gt=0)] | None = None
+    """Floating-point operations a second that the vendor states for one device at the recipe's precision, dense; for a device
+    that outgrow does not know. Model FLOPs utilisation is shown against it."""
     build_processes: Auto | Positive = "auto"
     """Processes that ``outgrow data build`` tokenises with; ``auto``: one a core, with ``--ray`` one a CPU of the cluster."""
 

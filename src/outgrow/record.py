@@ -22,7 +22,7 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The record that ``to_dict`` wrote. Raises ``KeyError``/``TypeError`` on missing or unknown fields."""
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
             raise TypeError(f"{cls.__name__}: unknown fields {', '.join(unknown)}")

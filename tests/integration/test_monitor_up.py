@@ -181,6 +181,7 @@ def tell(site: Site, alert: str) -> None:
         assert answer.status == 200
 
 
+@pytest.mark.monitoring
 @pytest.mark.timeout(120)
 def test_samples_of_a_rented_node_come_home(tmp_path: Path, ended: list[Site]) -> None:
     """TLS, a password, and remote write, with all that asks and is asked through them."""

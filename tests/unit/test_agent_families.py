@@ -28,7 +28,7 @@ from outgrow.monitoring.agent.run_source import RunSource, mfu
 from outgrow.monitoring.agent.samples import Sample, Source
 from outgrow.monitoring.agent.scan import RunView, Scanner
 from outgrow.monitoring.agent.shards import ShardsSource
-from outgrow.monitoring.recording.attempt import node_folder, records_folder
+from outgrow.monitoring.recording.attempt import attempt_folder, node_folder, records_folder
 
 FILES = Path(__file__).parents[1] / "files"
 STEP_S = 0.3
@@ -230,3 +230,24 @@ def test_an_ended_run_keeps_its_counts_and_has_no_rates(tmp_path: Path) -> None:
     assert value(text, "outgrow_run_steps_total") == 1
     for name in ("outgrow_run_tokens_per_second", "outgrow_run_mfu_ratio", "outgrow_run_remaining_seconds"):
         assert value(text, name) is None, name
+
+
+def test_seconds_shown_before_a_restart_do_not_fall_after_it(tmp_path: Path) -> None:
+    """Rank 0 may be the last that begins its record: meanwhile nothing is told of the run, and nothing forgotten."""
+    node = node_folder(site_at(tmp_path, 9640))
+    before = recorder(started(node, "run", (0, 1), attempt="a"))
+    before.enter("checkpoint")
+    source, scanner = RunSource(), Scanner(records_folder(node))
+    time.sleep(0.3)
+
+    def shown() -> dict[str, float]:
+        found = source.samples(scanner.scan())
+        return {one.labels[-1]: one.value for one in found if one.metric is metrics.RUN_WALL_SECONDS}
+
+    first = shown()
+    assert first["checkpoint"] > 0.3
+    folder = attempt_folder(node, "run", time.time() + 1, "b")
+    recorder(folder, 1)
+    assert shown() == {}
+    recorder(folder)
+    assert shown()["checkpoint"] >= first["checkpoint"]

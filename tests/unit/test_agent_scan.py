@@ -51,6 +51,19 @@ def test_an_ended_run_is_read_once_and_a_new_start_is_seen(node: Path, monkeypat
     assert [(run.facts.attempt, run.state) for run in scanner.scan()] == [("b", "failed")]
 
 
+def test_a_lost_run_is_read_once_and_a_restarting_one_again(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may hold hundreds that a kill has ended; but one that waits for its restart may yet be lost."""
+    monkeypatch.setattr(scanning, "_SETTLED_S", 0.0)
+    recorder(started(node, "gone", when=time.time() - 50))
+    recorder(started(node, "waits", when=time.time() - 50)).close("restarting")
+    scanner = Scanner(records_folder(node))
+    assert scanner.scan()[0] is not scanner.scan()[0], "its process is there"
+    monkeypatch.setattr(scanning, "is_alive", lambda record: False)
+    (gone, waits), again = scanner.scan(), scanner.scan()
+    assert (gone.state, waits.state) == ("lost", "restarting")
+    assert again[0] is gone and again[1] is not waits
+
+
 def test_a_start_without_facts_is_told_by_the_one_before(node: Path) -> None:
     """Facts are written once the model is built: until then a run that was started again must not look lost."""
     before = started(node, "run", (0, 1), when=time.time() - 100)

@@ -367,8 +367,14 @@ def test_a_written_folder_is_written_again_and_no_other(tmp_path: Path) -> None:
     assert (folder / grafana.PASSWORD_FILE).read_text() == password
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").touch()
-    with pytest.raises(MonitorError, match="not empty"):
-        compose.write(site, tmp_path / "mine")
+    for place in ("mine", "mine/notes"):
+        with pytest.raises(MonitorError, match="not an empty folder"):
+            compose.write(site, tmp_path / place)
+
+
+def test_no_two_parts_want_one_port(tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="agent_port already"):
+        site_in(tmp_path, prometheus_port=9640, agent_port=9640)
 
 
 def test_the_sites_of_the_documentation_are_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from monitor_sites import write_password
 from rich.console import Console
 from run_events import FACTS, RECIPE, START, Story, stored, story_with_restart, write_events
 
@@ -29,7 +30,7 @@ from outgrow.monitoring.recording.attempt import node_folder
 from outgrow.monitoring.recording.recorder import start_ticks
 from outgrow.monitoring.recording.slots import FORMAT, SLOTS, STATES, WALL
 from outgrow.monitoring.top import Watch, draw
-from outgrow.monitoring.top.agents import Answers, read_runs
+from outgrow.monitoring.top.agents import Agents, Answers, read_runs
 from outgrow.monitoring.top.tail import Tail
 from outgrow.monitoring.top.view import View, view
 from outgrow.recipes.schema.site import Site
@@ -264,14 +265,27 @@ def test_the_nodes_own_agent_is_asked(tmp_path: Path) -> None:
     assert (found.state, found.step, len(found.ranks)) == ("running", 400, 2)
 
 
-def test_a_password_is_sent_to_the_own_agent_and_its_lack_is_said(tmp_path: Path) -> None:
+def test_a_password_is_sent_to_the_own_agent_and_its_lack_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # agents are met past it
     write_events(tmp_path / "storage", RUN, Story().start().train(5).records)
-    (tmp_path / "password").write_text("secret\n")
-    access = {"user": "me", "password_file": str(tmp_path / "password")}
+    access = {"user": "me", "password_file": str(write_password(tmp_path / "password", "secret"))}
     with agent([answer()], password="secret") as url:
         assert look(place(tmp_path, url, access=access)).step == 400
         found = look(place(tmp_path, url))
+        (tmp_path / "password").chmod(0o644)
+        unusable = look(place(tmp_path, url, access=access))
     assert found.step == 5 and any("asks for a password" in note for note in found.notes)
+    assert unusable.step == 5 and any("others may read this file" in note for note in unusable.notes)
+
+
+def test_a_password_goes_to_no_other_node_without_the_sites_certificate(tmp_path: Path) -> None:
+    """Where other nodes' agents are is read from the storage, which others may write."""
+    access = {"user": "me", "password_file": str(write_password(tmp_path / "password", "secret"))}
+    site = place(tmp_path, "http://127.0.0.1:9", access=access)
+    agents = Agents(site, site.open_storage())
+    agents._urls()
+    assert agents._client("http://127.0.0.1:9").password == "secret"
+    assert [agents._client(f"{scheme}://thief.example").password for scheme in ("http", "https")] == ["", ""]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", ""])
