@@ -62,11 +62,12 @@ threads_per_worker: 1
 build_processes: 1
 cluster: {{token_file: token}}
 tiers:
-  - {{name: nvme, path: nvme, reserve: 1 MB, run_cache: 500 kB}}
+  - {{name: nvme, path: nvme, reserve: 1 MB, run_cache: 330 kB}}
   - {{name: usb, path: usb, reserve: 0 B, limit: {limit}}}
   - {{name: home, path: storage, reserve: 1 MB, limit: {limit}}}
 place: {{datasets: [usb]}}
 prices: {{gpu_hour: 2}}
+device_flops: 5e10
 monitoring:
   folder: monitoring
   agent_port: {ports[0]}
@@ -109,7 +110,7 @@ class Story:
 
     def ever(self, expression: str) -> list[dict[str, Any]]:
         """What the expression gave at any second since the story began."""
-        return self._ask("query_range", query=expression, start=self.started, end=time.time(), step="2s")
+        return self._ask("query_range", query=expression, start=self.started, end=time.time(), step="1s")
 
     def value(self, expression: str) -> float:
         (found,) = self.query(expression)
@@ -168,11 +169,11 @@ class Story:
 
 @contextmanager
 def story(folder: Path) -> Iterator[Story]:
-    """A place with a dataset of some 30 shards and everything of ``monitor up`` running; all of it is ended on the way out."""
+    """A place with a dataset of some 10 shards and everything of ``monitor up`` running; all of it is ended on the way out."""
     ports = free_ports(4)
     with tiny_place(folder, site=SITE.format(workers=2, limit="auto", ports=ports)) as place:
         told = Story(place=place, ports=ports)
-        for number in range(6):
+        for number in range(2):
             write_texts(folder / f"words/{number}", 100, num_words=240)
         told.write("main", steps=2000, schedule="eventful", seconds=0.05)
         place.run("monitor", "up", timeout_s=60)

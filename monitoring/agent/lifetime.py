@@ -19,7 +19,7 @@ from outgrow.monitoring.agent.families import Collector
 from outgrow.monitoring.agent.host import HostSource, local_tiers
 from outgrow.monitoring.agent.nvml import NvmlSource
 from outgrow.monitoring.agent.nvml_live import LiveReader
-from outgrow.monitoring.agent.prune import prune
+from outgrow.monitoring.agent.prune import prune, prune_stalls
 from outgrow.monitoring.agent.rank_source import RankSource
 from outgrow.monitoring.agent.run_source import RunSource
 from outgrow.monitoring.agent.samples import Source
@@ -156,6 +156,7 @@ class _Agent:
         if now - self._pruned_at > PRUNE_S:
             self._pruned_at = now
             prune(self._records, time.time())
+            prune_stalls(self._node / STALLS, time.time())
         if self._log_file is not None:
             _bound_log(self._log_file)
 

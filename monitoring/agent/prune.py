@@ -1,10 +1,14 @@
-"""Which records of a node are removed: old starts of a run, and runs that nobody has touched for long. Only our own files."""
+"""Which records of a node are removed: old starts of a run, and runs that nobody has touched for long. Only our own files.
+
+So are the stacks of old stalls.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 from outgrow.monitoring.recording.rank_file import read_record
@@ -31,6 +35,14 @@ def prune(records: Path, now: float) -> None:
         if is_old:
             with contextlib.suppress(OSError):  # not empty
                 run.rmdir()
+
+
+def prune_stalls(stalls: Path, now: float) -> None:
+    """Keep what was written of a run's stalls until ``KEPT_S`` after the last. Links are not followed."""
+    for run in _folders(stalls):
+        with contextlib.suppress(OSError):
+            if now - run.stat().st_mtime > KEPT_S:
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def _remove(start: Path) -> None:

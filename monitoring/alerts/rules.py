@@ -101,8 +101,8 @@ and ends as soon as the run is active again; silence it in Alertmanager where th
         labels=("run", "node"),
         dashboard="outgrow-run",
         summary="{{ $labels.run }} has ended with an error",
-        description="{{ $labels.run }} stopped with an error of outgrow's own, which another start would only meet again. Other "
-        "errors, and lost ranks, start it again by themselves and do not come here.",
+        description="{{ $labels.run }} stopped with an error of outgrow's own, which another start would only meet again. "
+        "Other errors, and lost ranks, start it again by themselves and do not come here.",
         runbook="""\
 **See it.** The last lines of the terminal, or of `ray job logs`, say what was wrong and what would help.
 

@@ -27,8 +27,12 @@ pytestmark = [pytest.mark.monitoring, pytest.mark.timeout(1500)]
 
 MAY_BE_EMPTY = {
     "OutgrowCheckpointTooOld": "ten minutes without a checkpoint are longer than the test",
+    "OutgrowLossSpike": "it compares with the hour that ended ten minutes ago",
+    "Ranks: All ranks B": "the peak of a device's allocator: there is none on a CPU",
+    "Ranks: All ranks D": "retries of a device's allocator",
+    "Run: What went wrong B": "retries of a device's allocator",
 }
-"""Expressions without a value in the whole story, by a part of their name, and why. At most five."""
+"""Expressions without a value in the whole story, by the end of their name, and why."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,6 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         place.run("data", "place", "--apply")
         _a_run_with_faults(scene)
         _a_run_that_diverges(scene)
-        _an_agent_that_dies(scene)
         yield scene
 
 
@@ -94,19 +97,20 @@ def _a_run_with_faults(scene: Story) -> None:
 
 
 def _a_run_that_diverges(scene: Story) -> None:
-    """One rank slow, its data slower, and a learning rate that ruins it in the end."""
-    scene.write("ruined", steps=300, schedule="eventful", limit="20 kB/s", seconds=0.02, slow_rank=1, slow_s=0.3, spike=120)
+    """One rank slow, its data slower, an agent that hangs for two minutes, and a learning rate that ruins it in the end."""
+    scene.write("ruined", steps=600, schedule="eventful", limit="20 kB/s", seconds=0.02, slow_rank=1, slow_s=0.3, spike=400)
     command = scene.place.start("train", "ruined.yaml")
+    scene.wait(lambda: scene.step("ruined") >= 20, "step 20 of ruined", timeout_s=300)
+    agent = scene.processes()["agent"]
+    kill(agent, signal.SIGSTOP)
+    try:
+        time.sleep(130)
+    finally:
+        kill(agent, signal.SIGCONT)
     scene.wait(lambda: command.poll() is not None, "the end of the ruined run", timeout_s=240)
     assert command.returncode == 1
     assert "not finite" in scene.place.log()
     scene.wait(lambda: scene.query("outgrow_run_nonfinite_steps_total > 0") != [], "a non-finite step", timeout_s=30)
-
-
-def _an_agent_that_dies(scene: Story) -> None:
-    kill(scene.processes()["agent"])
-    scene.wait(lambda: scene.query('up{job="outgrow-agents"} == 0') != [], "a dead agent", timeout_s=30)
-    time.sleep(3)
 
 
 def _answers(scene: Story) -> bool:
@@ -139,12 +143,14 @@ def records(told: Story, name: str) -> list[StepRecord]:
 
 
 def test_every_expression_of_every_panel_and_rule_has_had_a_value(told: Story) -> None:
-    asked = [(where, concrete(expression, run=".+", rate_s=10)) for where, expression in expressions()]
-    asked += [(alert.name, alert.expr) for alert in ALERTS]
-    assert len(asked) > 60
-    empty = [where for where, expression in asked if not told.ever(expression)]
-    unexpected = [where for where in empty if not any(name in where for name in MAY_BE_EMPTY)]
-    assert not unexpected
+    runs = [folder.name for folder in told.place.folder.glob("monitoring/*/records/*")]
+    asked = [
+        (where, [concrete(expression, run=run, rate_s=10) for run in (*runs, ".+")]) for where, expression in expressions()
+    ]
+    asked += [(alert.name, [alert.expr]) for alert in ALERTS]
+    assert len(asked) > 140
+    empty = [where for where, forms in asked if not any(told.ever(form) for form in forms)]
+    assert not [where for where in empty if not where.endswith(tuple(MAY_BE_EMPTY))], empty
     assert len(empty) <= 5
 
 

@@ -13,7 +13,7 @@ from recorded_ranks import make_step, recorder, site_at, started
 
 from outgrow.monitoring.agent import prune as pruning
 from outgrow.monitoring.agent import scan as scanning
-from outgrow.monitoring.agent.prune import prune
+from outgrow.monitoring.agent.prune import prune, prune_stalls
 from outgrow.monitoring.agent.scan import Scanner, scan, shown
 from outgrow.monitoring.recording.attempt import FILE, attempt_folder, node_folder, records_folder
 from outgrow.monitoring.recording.recorder import Recorder, is_alive, start_ticks
@@ -217,6 +217,17 @@ def test_what_is_not_ours_stays(node: Path, tmp_path: Path, monkeypatch: pytest.
     assert sorted(os.listdir(folder)) == ["notes.txt", "rank-00007.rec"]
     assert (records / "mine" / "rank-00000.rec").read_text() == "mine"
     assert (records / "linked").is_symlink() and (records / "run" / "000000000000001-x").is_symlink()
+
+
+def test_stacks_of_a_stall_go_after_a_month(tmp_path: Path) -> None:
+    (tmp_path / "stalls/run/20260101T000000-agent").mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "stalls/linked").symlink_to(tmp_path / "precious")
+    prune_stalls(tmp_path / "none", time.time())
+    prune_stalls(tmp_path / "stalls", time.time() + 29 * DAY_S)
+    assert names(tmp_path / "stalls/run")
+    prune_stalls(tmp_path / "stalls", time.time() + 31 * DAY_S)
+    assert names(tmp_path) == ["precious", "stalls", "stalls/linked"]
 
 
 def test_the_agent_imports_nothing_heavy() -> None:

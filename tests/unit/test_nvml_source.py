@@ -48,7 +48,7 @@ def test_a_recorded_snapshot_in_base_units() -> None:
         ("outgrow_gpu_clock_hertz", ("n", "1")): 1.447e9,
         ("outgrow_gpu_pcie_bytes_per_second", ("n", "0", "sent")): 21450e3,
         ("outgrow_gpu_pcie_bytes_per_second", ("n", "1", "received")): 942300e3,
-        ("outgrow_gpu_xid_errors_total", ("n", "1", "43")): 2,
+        ("outgrow_gpu_xid_errors_total", ("n", "1", "94")): 2,
     }
     assert {key: found[key] for key in wanted} == pytest.approx(wanted)
     throttled = {labels[1:]: value for (name, labels), value in found.items() if name == "outgrow_gpu_throttled"}
