@@ -57,14 +57,14 @@ SITE = """
 schema: 1
 storage: storage
 cache: cache
-workers: {workers}
+workers: 2
 threads_per_worker: 1
 build_processes: 1
 cluster: {{token_file: token}}
 tiers:
   - {{name: nvme, path: nvme, reserve: 1 MB, run_cache: 330 kB}}
-  - {{name: usb, path: usb, reserve: 0 B, limit: {limit}}}
-  - {{name: home, path: storage, reserve: 1 MB, limit: {limit}}}
+  - {{name: usb, path: usb, reserve: 0 B}}
+  - {{name: home, path: storage, reserve: 1 MB}}
 place: {{datasets: [usb]}}
 prices: {{gpu_hour: 2}}
 device_flops: 5e10
@@ -129,17 +129,23 @@ class Story:
 
     # --- what happens ---------------------------------------------------------------------------------------------------
 
-    def write(self, name: str, *, steps: int, schedule: str, workers: int = 2, limit: str = "auto", **options: float) -> None:
+    def write(self, name: str, *, steps: int, schedule: str, **options: float) -> None:
         """Recipe and site of the next run."""
         text = RECIPE.format(name=name, steps=steps, schedule=schedule, options=json.dumps(options))
         (self.place.folder / f"{name}.yaml").write_text(text)
-        (self.place.folder / "site.yaml").write_text(SITE.format(workers=workers, limit=limit, ports=self.ports))
+        (self.place.folder / "site.yaml").write_text(SITE.format(ports=self.ports))
 
     def pid(self, name: str, rank: int) -> int:
         """The process of a rank of the newest start of a run."""
         found = self.run(name)
         assert found is not None
         return int(found["ranks"][str(rank)]["record"]["pid"])
+
+    def loader_worker(self, name: str, rank: int) -> int:
+        """The process that reads ahead for a rank."""
+        children = psutil.Process(self.pid(name, rank)).children()
+        (found,) = [child.pid for child in children if "read_ahead" in " ".join(child.cmdline())]
+        return found
 
     def step(self, name: str) -> int:
         found = self.run(name)
@@ -171,7 +177,7 @@ class Story:
 def story(folder: Path) -> Iterator[Story]:
     """A place with a dataset of some 10 shards and everything of ``monitor up`` running; all of it is ended on the way out."""
     ports = free_ports(4)
-    with tiny_place(folder, site=SITE.format(workers=2, limit="auto", ports=ports)) as place:
+    with tiny_place(folder, site=SITE.format(ports=ports)) as place:
         told = Story(place=place, ports=ports)
         for number in range(2):
             write_texts(folder / f"words/{number}", 100, num_words=240)

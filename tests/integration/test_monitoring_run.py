@@ -72,12 +72,10 @@ def _a_run_with_faults(scene: Story) -> None:
     place.run_beside("monitor", "up")
     scene.wait(lambda: _answers(scene), "Prometheus again")
 
-    stopped = scene.pid("main", 1)
-    kill(stopped, signal.SIGSTOP)
-    scene.wait(lambda: scene.state("main") == "stalled", "a stalled run", timeout_s=30)
-    scene.wait(lambda: "OutgrowStalled" in scene.alerts(), "the alert", timeout_s=60)
-    scene.wait(lambda: list(place.folder.glob("monitoring/*/stalls/*/*/rank-00001*")) != [], "stacks", timeout_s=30)
-    kill(stopped, signal.SIGCONT)
+    with _stopped(scene.pid("main", 1)):
+        scene.wait(lambda: scene.state("main") == "stalled", "a stalled run", timeout_s=30)
+        scene.wait(lambda: "OutgrowStalled" in scene.alerts(), "the alert", timeout_s=60)
+        scene.wait(lambda: list(place.folder.glob("monitoring/*/stalls/*/*/rank-00001*")) != [], "stacks", timeout_s=30)
     scene.wait(lambda: scene.state("main") == "running", "a running run", timeout_s=30)
 
     kill(first.pid)
@@ -97,16 +95,14 @@ def _a_run_with_faults(scene: Story) -> None:
 
 
 def _a_run_that_diverges(scene: Story) -> None:
-    """One rank slow, its data slower, an agent that hangs for two minutes, and a learning rate that ruins it in the end."""
-    scene.write("ruined", steps=600, schedule="eventful", limit="20 kB/s", seconds=0.02, slow_rank=1, slow_s=0.3, spike=400)
+    """One rank slow, a loader that hangs, an agent that hangs for longer, and a learning rate that ruins it in the end."""
+    scene.write("ruined", steps=600, schedule="eventful", seconds=0.02, slow_rank=1, slow_s=0.3, spike=400)
     command = scene.place.start("train", "ruined.yaml")
     scene.wait(lambda: scene.step("ruined") >= 20, "step 20 of ruined", timeout_s=300)
-    agent = scene.processes()["agent"]
-    kill(agent, signal.SIGSTOP)
-    try:
+    with _stopped(scene.loader_worker("ruined", 0)):
+        time.sleep(15)
+    with _stopped(scene.processes()["agent"]):
         time.sleep(130)
-    finally:
-        kill(agent, signal.SIGCONT)
     scene.wait(lambda: command.poll() is not None, "the end of the ruined run", timeout_s=240)
     assert command.returncode == 1
     assert "not finite" in scene.place.log()
@@ -118,6 +114,15 @@ def _answers(scene: Story) -> bool:
         return bool(scene.query("up"))
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -175,7 +180,9 @@ def test_counters_agree_with_events_and_with_an_independent_count(told: Story) -
         reached = max(record.step for record in found if record.attempt == before.attempt)
         again += reached - after.step
     assert 0 <= counters["steps"] - told.notes["last"] - again <= 2 * (len(starts) - 1)
-    assert counters["samples"] == 16 * counters["steps"]
+    # The last step of an epoch has the rows that are left.
+    short = 16 * counters["steps"] - counters["samples"]
+    assert 0 <= short <= 16 * (last.epoch + 2)
     assert counters["tokens"] + counters["padding"] == 128 * counters["samples"]
 
 
