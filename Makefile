@@ -39,6 +39,8 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python -m outgrow.recipes.reference
 	$(BIN)/python -m outgrow.monitoring.metrics_page
+	$(BIN)/python -m outgrow.monitoring.alerts.build
+	$(BIN)/python -m outgrow.monitoring.dashboards.build
 
 doctor:
 	@$(PYTHON) tests/doctor.py

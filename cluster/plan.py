@@ -80,7 +80,7 @@ def make_plan(
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
     refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
-    refusals += _not_profilable(recipe, ranks)
+    refusals += _not_profilable(recipe, ranks, steps)
     refusals += [reading.refusal] if reading and reading.refusal else []
     return Plan(
         run=recipe.run.name,
@@ -160,17 +160,27 @@ def _not_learnable(recipe: Recipe, card: DatasetCard | None) -> list[Refusal]:
     ]
 
 
-def _not_profilable(recipe: Recipe, ranks: Ranks) -> list[Refusal]:
-    """A history of the device's allocations where no device keeps one."""
-    if not (recipe.profile.steps and recipe.profile.memory) or ranks.device == "cuda":
+def _not_profilable(recipe: Recipe, ranks: Ranks, steps: int) -> list[Refusal]:
+    """A window of steps or ranks that the run does not have, and a history of allocations where no device keeps one."""
+    profile = recipe.profile
+    if not profile.steps:
         return []
-    return [
-        Refusal(
-            asked="profile.memory: a history of the device's allocations",
-            available=f"{ranks.device} keeps none, cuda alone does",
-            nearest="profile.memory=false: the trace of the steps alone",
+    refusals = []
+    if steps and profile.start_step > steps:
+        asked, nearest = f"profile.start_step {profile.start_step}", f"profile.start_step={max(1, steps - profile.steps + 1)}"
+        refusals.append(Refusal(asked=asked, available=f"{steps} steps", nearest=nearest))
+    if missing := sorted(rank for rank in profile.ranks if rank >= ranks.workers):
+        asked, nearest = f"profile.ranks {', '.join(map(str, missing))}", f"profile.ranks=[{ranks.workers - 1}]"
+        refusals.append(Refusal(asked=asked, available=f"ranks 0 to {ranks.workers - 1}", nearest=nearest))
+    if profile.memory and ranks.device != "cuda":
+        refusals.append(
+            Refusal(
+                asked="profile.memory: a history of the device's allocations",
+                available=f"{ranks.device} keeps none, cuda alone does",
+                nearest="profile.memory=false: the trace of the steps alone",
+            )
         )
-    ]
+    return refusals
 
 
 def _refusal(error: PlanError) -> Refusal:

@@ -36,7 +36,6 @@ _FACTS: dict[str, Any] = {
     "tiers": {},
     "gpus": {},
     "versions": {},
-    "plan": {},
 }
 
 

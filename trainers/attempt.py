@@ -200,7 +200,6 @@ def facts_of(attempt: Attempt, layout: Layout, device: torch.device, arithmetic:
             "torch": torch.__version__,
             "transformers": version("transformers"),
         },
-        plan={},
     )
 
 

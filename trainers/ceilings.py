@@ -35,6 +35,9 @@ _BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("RTX PRO 6000 Blackwell", 503.8e12),  # RTX PRO Blackwell architecture paper: 188 SMs at 2.617 GHz
 )
 
+_SLOWER = (" Laptop ", " D ")
+"""Of cards that have the name of a faster one but for this word."""
+
 _BUDGET_S = 0.1
 """Products are made for so long, and one more; the first one is not counted."""
 _SMALLEST, _LARGEST = 256, 8192
@@ -88,7 +91,7 @@ def _experts(mixture: nn.Module) -> int:
 
 def vendor_flops(device_name: str, precision: Precision) -> float | None:
     """FLOP/s of one device as its vendor states them, dense; None where that is not known here."""
-    if precision != "bf16":
+    if precision != "bf16" or any(words in f"{device_name} " for words in _SLOWER):
         return None
     return next((flops for words, flops in _BF16_FLOPS if words in device_name), None)
 

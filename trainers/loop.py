@@ -143,6 +143,9 @@ def _go_on(attempt: Attempt, recipe: Recipe, storage: Storage, steps: int, recor
             _train(run)
         except ShardError as error:
             raise answer(error, job, lost) from error
+        finally:
+            saves.close()  # one in flight may still come to its end, and is told then, however the run ended
+            _tell_saves(run)
     return run.progress
 
 
@@ -208,17 +211,22 @@ def _read(run: _Run, rows: StepRows, sums: StepSums) -> Figures:
 
 
 def _validate(run: _Run) -> float | None:
-    """The loss on the held-out rows; None where there are none. Raises ``TrainingError`` where it is not finite."""
+    """The loss on the held-out rows; None where there are none, though prompts are continued then too.
+
+    Raises ``TrainingError`` where it is not finite.
+    """
     found = validate(run.engine, run.validation)
-    if found is None:
-        return None
-    if not math.isfinite(found.total):
-        raise _not_finite(run, f"the validation loss after step {run.progress.step}")
-    run.progress.validation_loss = found.total
-    run.recorder.set(validation_loss=found.total)
-    detail = {"streams": found.streams, "samples": _continued(run)}
-    run.records.say("validation", run.progress, loss=found.total, detail=detail)
-    return found.total
+    loss = found.total if found else None
+    if loss is not None:
+        if not math.isfinite(loss):
+            raise _not_finite(run, f"the validation loss after step {run.progress.step}")
+        run.progress.validation_loss = loss
+        run.recorder.set(validation_loss=loss)
+    samples = _continued(run)
+    if found or samples:
+        detail = {"streams": found.streams if found else {}, "samples": samples}
+        run.records.say("validation", run.progress, loss=loss, detail=detail)
+    return loss
 
 
 def _continued(run: _Run) -> list[dict[str, str]]:

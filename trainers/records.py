@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from outgrow.monitoring.trackers import OpenTracker, Tracking
 from outgrow.storage import Storage
 from outgrow.trainers.progress import Progress
 
+log = logging.getLogger(__name__)
+
 
 class Records:
     """The voice of rank 0; the other ranks are silent.
 
-    What is said is queued: a thread writes it, and hands it to ``context.report`` and to the trackers. Each of these has a
+    What is said is queued: a thread writes it, and hands it to ``context.report`` and to the trackers. Each tracker has a
     thread of its own, where it is opened too.
     """
 
@@ -32,9 +35,8 @@ class Records:
         self._steps = steps
         self._log: EventLog | None = None
         if context.rank == 0:
-            self._log = log = EventLog(storage, run_folder, [context.report, self._tell_trackers])
-            # Of a tracker that is gone the file speaks once: training goes on, and all of it can be rebuilt from the file.
-            self._tracking = Tracking(trackers or {}, lambda name, why: log.note(tracker=name, error=why))
+            self._log = EventLog(storage, run_folder, [context.report, self._tell_trackers])
+            self._tracking = Tracking(trackers or {}, self._tracker_is_gone)
 
     @property
     def dropped(self) -> int:
@@ -67,3 +69,9 @@ class Records:
 
     def _tell_trackers(self, record: StepRecord) -> None:
         self._tracking.tell(record)
+
+    def _tracker_is_gone(self, name: str, why: str) -> None:
+        """Said once: training goes on, and all of it can be rebuilt from the file."""
+        log.warning("%s is not told of the run any more: %s", name, why)
+        if self._log is not None:
+            self._log.note(tracker=name, error=why)

@@ -46,13 +46,10 @@ class StallWatch:
     def _run(self) -> None:
         told = False
         while not self._closing.wait(POLL_S):
-            try:
-                stalled = self._open_s() > self._threshold()
-                if stalled and not told:
-                    log.warning("the step of rank %d is stalled; what it does is in %s", self._rank, self._dump())
-                told = stalled
-            except ValueError:  # the record is closed: the run is at its end
-                return
+            stalled = self._open_s() > self._threshold()
+            if stalled and not told:
+                log.warning("the step of rank %d is stalled; what it does is in %s", self._rank, self._dump())
+            told = stalled
 
     def _dump(self) -> str:
         try:

@@ -94,7 +94,7 @@ class Telemetry:
             loader_ready=self._loader.ready_steps(),
             **{f"memory_{kind}": size for kind, size in memory.items()},
         )
-        detail = {"counters": self._recorder.counters(), "memory": memory | {"anon": anonymous_bytes()}}
+        detail = {"counters": self._recorder.counters(), "memory": memory | anonymous_memory()}
         return vars(speed) | {"detail": detail | self._shards()}
 
     @contextmanager
@@ -154,8 +154,11 @@ class DeviceMemory:
         return sizes, self._retries - before
 
 
-def anonymous_bytes() -> int:
-    """RAM of this process that no file backs."""
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        _, resident, shared, *_ = file.read().split()
-    return (int(resident) - int(shared)) * _PAGE_BYTES
+def anonymous_memory() -> dict[str, int]:
+    """``anon``: bytes of this process's RAM that no file backs; nothing where that cannot be asked for."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            _, resident, shared, *_ = file.read().split()
+    except OSError:  # no file descriptor is left, or the system has no such file
+        return {}
+    return {"anon": (int(resident) - int(shared)) * _PAGE_BYTES}

@@ -127,7 +127,7 @@ lives, or an hour later.""",
         dashboard="outgrow-run",
         summary="{{ $labels.run }}: loss or gradient is not finite",
         description="In the last hour a step of {{ $labels.run }} had a loss or a gradient that was infinite or no number. "
-        "Such a step is not applied, and the run stops.",
+        "Nothing is saved from such a step on, and the run stops.",
         runbook="""\
 **See it.** Dashboard *Run*: loss and gradient norm before it. A norm that grew over many steps is a divergence; a jump out of
 nothing is a bad row, a bad card or a bug.
@@ -356,8 +356,8 @@ stays slow is better left out: start without it.""",
 **See it.** Is the node there (`ping`, ssh)? `outgrow monitor status`: which targets answer. `agent.log` in the node's folder.
 
 **Do.** The node is gone: the run starts again without it, as soon as there is another. The agent alone is gone: the run does
-not mind; the next start of a run, or `outgrow monitor agent` on that node, brings it back with all counters. Remembered for
-six hours.""",
+not mind, and starts another within a minute; where it does not, `outgrow monitor agent` on that node says why. All counters
+come back with it. Remembered for six hours.""",
     ),
     Alert(
         name="OutgrowXidError",

@@ -62,7 +62,7 @@ def _work() -> list[Panel]:
             Look(unit="Bps"),
             width=12,
         ),
-        facts("Devices", "Which card is which.", of(m.GPU_INFO, NODES), without=(), height=8),
+        facts("Devices", "Which card is which.", of(m.GPU_INFO, NODES), height=8),
     ]
 
 

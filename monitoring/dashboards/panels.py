@@ -142,10 +142,10 @@ def rows(
     return panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=arrange))
 
 
-def facts(title: str, tells: str, expression: str, *, without: Sequence[str], width: int = 12, height: int = 6) -> Panel:
-    """The labels of series as a table, but those ``without``."""
+def facts(title: str, tells: str, expression: str, *, width: int = 12, height: int = 6) -> Panel:
+    """The labels of series as a table."""
     panel = table.Panel().title(title).description(tells).datasource(SOURCE).height(height).span(width)
-    arrange = {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "instance", "job", *without), True)}
+    arrange = {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "instance", "job"), True)}
     panel = panel.with_target(_target((expression, ""), 0, at_once=True).format(PromQueryFormat.TABLE))
     return panel.with_transformation(models.DataTransformerConfig(id_val="organize", options=arrange))
 

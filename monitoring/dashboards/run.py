@@ -249,7 +249,6 @@ def _facts() -> list[Panel]:
             "Run",
             "Name, engine, device, precision and ranks of the newest start.",
             of(m.RUN_INFO, RUN),
-            without=(),
             width=14,
             height=5,
         ),

@@ -11,7 +11,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from outgrow.contracts import JsonDict, Record
+from outgrow.contracts import Record
 from outgrow.recipes.schema.site import Site
 
 FILE = "attempt.json"
@@ -53,7 +53,6 @@ class AttemptFacts(Record):
     tiers: dict[str, str]
     gpus: dict[str, str]
     versions: dict[str, str]
-    plan: JsonDict
 
 
 def node_folder(site: Site) -> Path:

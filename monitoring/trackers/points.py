@@ -39,7 +39,11 @@ def _numbers(values: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
 def samples_of(record: StepRecord) -> str:
     """What the model has written at a validation, as Markdown; empty where it was asked for nothing."""
     samples: Sequence[Mapping[str, str]] = record.detail.get("samples", ()) if record.kind == "validation" else ()
-    return "\n\n".join(f"**{_inline(sample['prompt'])}**{_inline(sample['text'])}" for sample in samples)
+    return "\n\n".join(f"**{_inline(sample['prompt'])}**{_inline(_answer(sample))}" for sample in samples)
+
+
+def _answer(sample: Mapping[str, str]) -> str:
+    return f" ({sample['problem']})" if "problem" in sample else sample["text"]
 
 
 def _inline(text: str) -> str:

@@ -159,7 +159,7 @@ class Profile(Section):
     """The first optimizer step of the window, counted from 1 in each run."""
     steps: int = Field(default=0, ge=0, le=100)
     """Length of the window; 0 profiles nothing."""
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     """Ranks that are profiled."""
     memory: bool = False
     """Also a history of the device's allocations, as a page to open in a browser; on CUDA alone."""

@@ -25,7 +25,7 @@ DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 IGNORE_INDEX = -100
 """The target of a position that predicts nothing (the last token of a document, padding)."""
 
-#  --- data -------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

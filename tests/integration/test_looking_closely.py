@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from token_stores import VOCAB, Dataset
+from token_stores import VOCAB, Dataset, documents, make_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_jobs import TRAIN_WORKER, curve, job, records, two_streams
 
@@ -59,6 +60,14 @@ def test_prompts_a_profile_and_trackers_change_nothing(
     assert [path.name for path in (folder / "profiles").iterdir()] == ["rank-00000-steps-3-4.trace.json.gz"]
     losses = {step: pytest.approx(loss, rel=1e-6) for step, (loss, _) in untouched.items()}
     assert dict(scalars(folder / "tensorboard", "train/loss")) == losses
+
+
+def test_prompts_are_continued_where_no_rows_are_held_out(tmp_path: Path, dataset: Dataset) -> None:
+    without = make_dataset(tmp_path, {"a": (documents(1, 61), ())})
+    shutil.copytree(dataset.root / dataset.card.store / "tokenizer", without.root / without.card.store / "tokenizer")
+    train(without, "bare", validation={"every_steps": 4, "prompts": ["w5"], "prompt_tokens": 3})
+    said = records(without, "bare", "validation")
+    assert [(record.step, record.loss, len(record.detail["samples"])) for record in said] == [(4, None, 1), (8, None, 1)]
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

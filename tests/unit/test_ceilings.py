@@ -64,6 +64,8 @@ def test_of_a_mixture_the_experts_that_are_chosen_count() -> None:
         ("NVIDIA L40S", 362.05),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
         ("NVIDIA B200", 2250),

@@ -272,3 +272,10 @@ def test_a_history_of_allocations_is_refused_where_no_device_keeps_one() -> None
     assert [refusal.nearest for refusal in made.refusals] == ["profile.memory=false: the trace of the steps alone"]
     assert not plan(asked, inventory=machine(gpus=1)).refusals
     assert not plan(recipe(profile={"memory": True})).refusals
+
+
+def test_a_window_of_steps_or_ranks_that_the_run_does_not_have_is_refused() -> None:
+    asked = recipe(duration={"steps": 20}, profile={"start_step": 21, "steps": 3, "ranks": [0, 1, 4]})
+    assert [refusal.nearest for refusal in plan(asked).refusals] == ["profile.start_step=18", "profile.ranks=[0]"]
+    assert not plan(recipe(duration={"steps": 20}, profile={"start_step": 20, "steps": 3})).refusals
+    assert not plan(recipe(duration={"steps": 20}, profile={"start_step": 21, "ranks": [7]})).refusals

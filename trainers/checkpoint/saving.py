@@ -30,8 +30,7 @@ class SaveResult:
     """How one save went. ``ref`` on rank 0 alone, None where nothing was committed; ``error`` empty where all went well.
 
     ``bytes`` is what this rank wrote; ``copy_s`` is what the loop waited, the other stages ran behind it. ``ended`` is Unix
-    seconds. An ``error`` beside a
-    ``ref`` says that old checkpoints could not be removed.
+    seconds. An ``error`` beside a ``ref`` says that old checkpoints could not be removed.
     """
 
     step: int
@@ -122,8 +121,11 @@ class Checkpointer:
         return told
 
     def close(self, grace_s: float = 30.0) -> None:
-        """Give a save in flight ``grace_s`` more, then stop waiting for other ranks. Call ``wait`` before to lose none."""
-        if self._thread is not None:
+        """Give a save in flight ``grace_s`` more, then stop waiting for other ranks. Call ``wait`` before to lose none.
+
+        Waits at its first call alone.
+        """
+        if self._thread is not None and not self._stop.is_set():
             self._thread.join(grace_s)
             self._stop.set()
             self._thread.join(grace_s)
