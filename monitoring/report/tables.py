@@ -192,7 +192,9 @@ def samples(run: RunFacts) -> list[dict[str, Any]]:
         found = record.detail.get("samples")
         for own in found if isinstance(found, list) else []:
             if isinstance(own, dict):
-                texts.setdefault(str(own.get("prompt", "")), []).append((record.step, str(own.get("text", ""))))
+                problem = own.get("problem")
+                text = f"not continued: {problem}" if problem else str(own.get("text", ""))
+                texts.setdefault(str(own.get("prompt", "")), []).append((record.step, text))
     return [
         {
             "prompt": visible(prompt),
