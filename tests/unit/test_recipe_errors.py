@@ -269,7 +269,7 @@ RECIPE_MISTAKES = [
         "gpus: 8\noptimizer:",
         "FILE:23: gpus: unknown key; allowed: schema, run, model, data, objective, batch, "
         "duration, optimizer, schedule, precision, activation_checkpointing, deterministic, validation, checkpoint, logging, "
-        "parallel",
+        "profile, parallel",
     ),
     (
         "optimizer:",
@@ -331,7 +331,7 @@ SITE_MISTAKES = [
     ("device: gpu", "FILE:1: device: given 'gpu'; allowed: auto | cpu | cuda"),
     ("device: ${env:HOME}", "FILE:1: device: ${env:NAME} is for folders and secrets alone; write the value"),
     ("cluster:\n  adress: auto", "FILE:2: cluster.adress: unknown key; did you mean address?"),
-    ("address: head:6379", "FILE:1: address: unknown key; did you mean cluster.address?"),
+    ("address: head:6379", "FILE:1: address: unknown key; did you mean cluster.address or monitoring.address?"),
     (
         "storage_options:\n  key: AKIA1234",
         "FILE:2: storage_options.key: a secret does not stand in a file; write ${env:NAME} and set NAME in the environment",
