@@ -156,7 +156,7 @@ def _print_end(opened: Opened, recipe: Path, site: Path | None, result: RunResul
         f"  run         {opened.site.storage.rstrip('/')}/{result.run.folder}",
         f"  checkpoint  {opened.site.storage.rstrip('/')}/{worker.checkpoint}",
         "next:",
-        f"  outgrow runs show {PurePosixPath(result.run.folder).name}{_site_words(site)}",
+        f"  outgrow report {PurePosixPath(result.run.folder).name}{_site_words(site)}",
         f"  outgrow export {PurePosixPath(result.run.folder).name} FOLDER{_site_words(site)}",
         "  outgrow generate FOLDER 'Once upon a time'",
     ]
