@@ -72,6 +72,8 @@ def _a_run_with_faults(scene: Story) -> None:
     place.run_beside("monitor", "up")
     scene.wait(lambda: _answers(scene), "Prometheus again")
 
+    # In a step, not in the validation after every fortieth: that may take ten minutes before it counts as stalled.
+    scene.wait(lambda: 22 <= scene.step("main") % 40 <= 34, "steps far from a validation")
     with _stopped(scene.pid("main", 1)):
         scene.wait(lambda: scene.state("main") == "stalled", "a stalled run", timeout_s=30)
         scene.wait(lambda: "OutgrowStalled" in scene.alerts(), "the alert", timeout_s=60)
