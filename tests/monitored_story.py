@@ -224,14 +224,3 @@ def damage_copies(tier: Path) -> None:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-
-
-@contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A file system of so many bytes at ``folder``."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", folder], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)

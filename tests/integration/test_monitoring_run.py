@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from doctor import need
-from monitored_story import Story, damage_copies, is_there, kill, nvml_agent, small_disk, story
+from full_disk import small_disk
+from monitored_story import Story, damage_copies, is_there, kill, nvml_agent, story
 
 from outgrow.contracts import StepRecord
 from outgrow.monitoring.alerts.rules import ALERTS

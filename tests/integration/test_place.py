@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from fault_proxy import s3_options, s3_server, s3_storage
+from full_disk import small_disk
 from kept_folders import (
     QUANTISED,
     STEP,
@@ -148,19 +149,12 @@ def test_a_damaged_original_is_said_the_rest_is_copied_and_the_code_is_1(kept: K
 
 
 def test_a_disk_that_is_really_full_keeps_what_is_whole(kept: Kept) -> None:
-    small = kept.root / "slow"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("needs to mount a tmpfs")
-    try:
+    with small_disk(kept.root / "slow", 8 * 2**20) as small:
         said = place(kept, "--apply", code=1)
         assert "slow: no: it needs 12.0 MB, 8." in said
         assert kept.state(STORE, "slow", read=True) == "copy"
         (small / "filler").write_bytes(bytes(5_000_000))
         assert kept.apply([(STEP, "slow")])[0].result == "copied"
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 # --- a bucket ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_proxy import FaultProxy, s3_options, s3_server, s3_storage
+from full_disk import small_disk
 from tiered_jobs import (
     cached,
     counts_at_end,
@@ -385,20 +385,6 @@ def test_steps_go_on_while_a_bucket_is_gone_and_what_has_no_room_is_read_through
 
 
 # --- a disk with less room than it had --------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A file system of so many bytes."""
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", folder], capture_output=True)
-    if made.returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
-        yield folder
-    finally:
-        wait_until_gone(folder.parent)
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @contextmanager
