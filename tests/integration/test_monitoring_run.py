@@ -104,6 +104,9 @@ def _a_run_that_diverges(scene: Story) -> None:
     scene.wait(lambda: scene.step("ruined") >= 20, "step 20 of ruined", timeout_s=300)
     with _stopped(scene.loader_worker("ruined", 0)):
         time.sleep(15)
+    # The rule on a lost agent looks back in steps of a minute: one of them has to fall into this run before the agent stops.
+    ranks = "max_over_time((outgrow_rank_up{run=~'ruined-.*'} == 1)[1h:1m])"
+    scene.wait(lambda: scene.query(ranks) != [], "a minute with ranks of ruined", timeout_s=90)
     with _stopped(scene.processes()["agent"]):
         time.sleep(130)
     scene.wait(lambda: command.poll() is not None, "the end of the ruined run", timeout_s=240)
