@@ -49,7 +49,7 @@ def recipe_of(streams: list[dict[str, Any]], tokenizer: dict[str, Any]) -> Recip
             "data": data,
             "batch": {"rows": 8},
             "duration": {"tokens": 1_000_000},
-            "optimizer": {"learning_rate": 0.001},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.001},
         }
     )
 

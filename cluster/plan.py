@@ -13,6 +13,7 @@ from fractions import Fraction
 from outgrow.cluster.ray_environment import worker_environment
 from outgrow.contracts import DataReading, DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
 from outgrow.errors import PlanError
+from outgrow.recipes import combinations
 from outgrow.recipes import layout as layouts
 from outgrow.recipes.mix import Mix, stage_lengths
 from outgrow.recipes.schema import Recipe
@@ -66,6 +67,7 @@ def make_plan(
     """
     ranks = resolve_ranks(site, inventory)
     refusals = [] if cluster else _room_for_ranks(ranks, inventory)
+    refusals += combinations.refusals(recipe, ranks.device)
     layout, mix = None, None
     try:
         layout = layouts.resolve(recipe, ranks.workers, ranks.workers)

@@ -16,6 +16,8 @@ from pydantic import ValidationError
 
 from outgrow import storage
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.adapter import NoAdapter
+from outgrow.recipes.short_forms import expand
 from outgrow.recipes.yaml_marks import KeyPath, key_text
 
 Verdict: TypeAlias = Literal["extend", "accept", "refuse"]
@@ -28,6 +30,7 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "run.name": ("refuse", "another name is another run"),
     "run.seed": ("refuse", "weights and the order of rows are drawn from it"),
     "model": ("refuse", "its checkpoints hold another model"),
+    "adapter": ("refuse", "its checkpoints hold other parameters"),
     "data.sequence_length": ("refuse", "rows would be cut elsewhere"),
     "data.tokenizer": ("refuse", "tokens would mean something else"),
     "data.streams": ("refuse", "other data, or another mix of them"),
@@ -43,9 +46,14 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "batch.rows": ("refuse", "steps would hold other rows"),
     "batch.micro_rows": ("extend", "the same step in other portions"),
     "duration": ("extend", "the run ends earlier or later"),
+    "optimizer.kind": ("refuse", "its checkpoints hold the state of another optimizer"),
     "optimizer": ("accept", "the loss takes another course from here"),
     "schedule": ("accept", "the loss takes another course from here"),
     "precision": ("refuse", "the arithmetic is another"),
+    "attention": ("accept", "another kernel rounds otherwise"),
+    "cross_entropy": ("accept", "the same loss, summed in another order"),
+    "compile": ("accept", "compiled kernels round otherwise"),
+    "activation_offload": ("extend", "the same activations, kept elsewhere"),
     "activation_checkpointing": ("extend", "the same gradients, computed twice or kept"),
     "deterministic": ("accept", "kernels may round otherwise"),
     "validation": ("extend", "the run is measured more or less often"),
@@ -54,7 +62,8 @@ VERDICTS: dict[str, tuple[Verdict, str]] = {
     "profile": ("extend", "the same steps, some of them looked at"),
     "parallel": ("extend", "the same rows and loss on other ranks"),
 }
-"""What a change means, of the key and all below it: ``extend`` is taken, ``accept`` is taken on request, ``refuse`` never."""
+"""What a change means, of the key and all below it that has no entry of its own: ``extend`` is taken, ``accept`` is taken on
+request, ``refuse`` never."""
 
 LEARNED = (
     "run.seed",
@@ -89,6 +98,8 @@ def fingerprint(recipe: Recipe, data_fingerprint: str) -> str:
     """sha256 of what is learned: the content of the data (``DatasetCard.data_fingerprint``), their mix, and ``LEARNED``."""
     data = recipe.to_dict()
     learned = {key: _get(data, key) for key in LEARNED}
+    if recipe.adapter != NoAdapter():  # not asked before there were adapters: runs from then keep their names
+        learned["adapter"] = data["adapter"]
     mix = {stream.name: [stream.epochs, stream.share] for stream in recipe.data.streams}
     return storage.fingerprint({"format": FORMAT, "data": data_fingerprint, "mix": mix, "learned": learned})
 
@@ -99,7 +110,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     A key that came into the schema after ``old`` was written counts as its default there.
     """
     with contextlib.suppress(ValidationError):  # written before a key was renamed: compared as it is
-        old = Recipe.model_validate(old).to_dict()
+        old = Recipe.model_validate(expand(old, Recipe)).to_dict()
     return [
         Difference(key=key_text(path), old=before, new=after, verdict=verdict, why=why)
         for path, before, after in _changes(old, new, ())
@@ -110,7 +121,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
 def classify(path: KeyPath) -> tuple[Verdict, str]:
     """The verdict of a key path and its reason. Raises ``KeyError`` for a key that no entry covers."""
     names = [str(part) for part in path if isinstance(part, str)]
-    for depth in range(1, len(names) + 1):
+    for depth in range(len(names), 0, -1):
         if found := VERDICTS.get(".".join(names[:depth])):
             return found
     raise KeyError(key_text(path))

@@ -13,7 +13,7 @@ from outgrow.contracts import EngineName, Layout
 from outgrow.errors import PlanError
 from outgrow.recipes.mix import Mix, stage_lengths
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.training import AutoParallel, Fsdp2
+from outgrow.recipes.schema.parallel import AutoParallel, Ddp, Parallel, Zero
 
 
 def resolve(recipe: Recipe, world: int, local_world: int) -> Layout:
@@ -79,13 +79,18 @@ def _parts(recipe: Recipe, steps: int) -> Iterator[tuple[int, int]]:
         steps -= part
 
 
-def _engine(parallel: AutoParallel | Fsdp2, world: int) -> EngineName:
-    return "plain" if isinstance(parallel, AutoParallel) and world == 1 else "fsdp2"
+def _engine(parallel: Parallel, world: int) -> EngineName:
+    if isinstance(parallel, AutoParallel):
+        return "plain" if world == 1 else "fsdp2"
+    # The gradients of one rank need no sum over ranks.
+    return "plain" if isinstance(parallel, Ddp) and world == 1 else parallel.kind
 
 
-def _shard(parallel: AutoParallel | Fsdp2, world: int, local_world: int) -> int:
+def _shard(parallel: Parallel, world: int, local_world: int) -> int:
     """Ranks that share one copy of the model; divides ``world``."""
-    asked = "all" if isinstance(parallel, AutoParallel) else parallel.shard
+    if isinstance(parallel, Ddp):
+        return 1
+    asked = "all" if isinstance(parallel, AutoParallel | Zero) else parallel.shard
     if asked == "all":
         return world
     shard = local_world if asked == "node" else asked

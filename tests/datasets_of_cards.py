@@ -34,7 +34,7 @@ def recipe(
         },
         "batch": {"rows": rows},
         "duration": duration or {"steps": 5},
-        "optimizer": {"learning_rate": 0.1},
+        "optimizer": {"kind": "adamw", "learning_rate": 0.1},
     }
     return Recipe.model_validate(data | changes)
 

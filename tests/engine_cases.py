@@ -107,7 +107,7 @@ class Case:
                 },
                 "batch": {"rows": ROWS},
                 "duration": {"steps": STEPS},
-                "optimizer": {"learning_rate": 3e-3, "clip_norm": 0.7},
+                "optimizer": {"kind": "adamw", "learning_rate": 3e-3, "clip_norm": 0.7},
                 "schedule": {"kind": "linear", "warmup_steps": 5, "final_fraction": 0.1},
                 "precision": self.precision,
                 **self.settings,

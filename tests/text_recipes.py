@@ -45,7 +45,7 @@ def make_recipe(*streams: dict[str, Any], seed: int = 1, **data: Any) -> Recipe:
             "data": section,
             "batch": {"rows": 4},
             "duration": {"tokens": 1000},
-            "optimizer": {"learning_rate": 0.001},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.001},
         }
     )
 

@@ -165,7 +165,7 @@ class Dataset:
             "data": self.data.model_dump(mode="json") | {"loader_workers": workers},
             "batch": {"rows": rows},
             "duration": {"steps": 100} if self.data.stages else {"epochs": 1},
-            "optimizer": {"learning_rate": 0.1},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.1},
             "validation": {"max_rows": max_rows},
         }
         return Recipe.model_validate(recipe | changes)

@@ -28,7 +28,7 @@ CONFIG = dict(
 RECIPE: dict[str, Any] = {
     "model": {"kind": "architecture", "family": "llama", "config": CONFIG},
     "precision": "fp32",
-    "optimizer": {"learning_rate": 0.01},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01},
     "schedule": {"kind": "constant", "warmup_steps": 3},
     "checkpoint": {"every_steps": 4, "keep_newest": 3},
     "validation": {"every_steps": 6},

@@ -9,6 +9,7 @@ from outgrow.contracts import CheckpointRef, ExportManifest, RunRef
 from outgrow.errors import DataError, RunError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
+from outgrow.recipes.short_forms import expand
 from outgrow.storage import Storage, verify_tree
 from outgrow.trainers.checkpoint.catalog import list_checkpoints
 from outgrow.trainers.checkpoint.reader import open_checkpoint
@@ -30,7 +31,7 @@ def export_run(
     storage = site.open_storage()
     ref = _checkpoint(storage, run, step)
     reader = open_checkpoint(storage, ref)
-    recipe = Recipe.model_validate(reader.recipe)
+    recipe = Recipe.model_validate(expand(reader.recipe, Recipe))
     store = _store(storage, str(reader.loader_state["index_fingerprint"]))
     with tempfile.TemporaryDirectory(prefix="outgrow-export-") as folder:
         vocabulary = _fetch_tokenizer(storage, store, Path(folder))

@@ -1,4 +1,4 @@
-"""``model``: an architecture made from nothing, or a folder of weights."""
+"""``model``: an architecture made from nothing, a folder of weights, or a module of the user's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema.section import Section, SourceName
+from outgrow.recipes.schema.section import Custom, Section, SourceName
 
 
 class ArchitectureModel(Section):
@@ -28,4 +28,8 @@ class FolderModel(Section):
     """A name that the site maps to a folder, or a folder relative to the recipe."""
 
 
-Model = Annotated[ArchitectureModel | FolderModel, Field(discriminator="kind")]
+class CustomModel(Custom):
+    """An architecture of yours: ``factory(vocab_size=, **options)`` makes the model; docs/custom.md says what it must have."""
+
+
+Model = Annotated[ArchitectureModel | FolderModel | CustomModel, Field(discriminator="kind")]

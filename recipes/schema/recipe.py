@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema import training
+from outgrow.recipes.schema import speed, training
+from outgrow.recipes.schema.adapter import Adapter, NoAdapter
 from outgrow.recipes.schema.data import Data
 from outgrow.recipes.schema.model import ArchitectureModel, Model
+from outgrow.recipes.schema.optimizer import Optimizer
+from outgrow.recipes.schema.parallel import AutoParallel, Parallel
 from outgrow.recipes.schema.section import Section
 
 
@@ -22,6 +25,8 @@ class Recipe(Section):
     """Name and seed."""
     model: Model
     """What is trained."""
+    adapter: Adapter = NoAdapter()
+    """What of the model is trained: all of it, or LoRA beside frozen layers."""
     data: Data
     """What it is trained on."""
     objective: training.NextToken = training.NextToken()
@@ -30,15 +35,24 @@ class Recipe(Section):
     """Rows an optimizer step."""
     duration: training.Duration
     """How long."""
-    optimizer: training.AdamW
+    optimizer: Optimizer
     """How parameters move."""
     schedule: training.Schedule = training.Cosine(kind="cosine")
     """The learning rate over time."""
     precision: training.Precision = "bf16"
     """``bf16``: parameters and optimizer in float32, compute in bfloat16, gradients reduced in float32; ``fp32``; ``fp64`` to
     tell bugs from rounding."""
-    activation_checkpointing: training.ActivationCheckpointing = "none"
-    """What the backward pass computes again: nothing, whole blocks, or all but matrix products and attention."""
+    attention: speed.Attention = "auto"
+    """How attention within packed rows is computed; ``auto``: the fastest that the model, the device and what is installed
+    allow. ``sdpa`` and ``eager`` run anywhere."""
+    cross_entropy: speed.CrossEntropy = speed.WholeLogits()
+    """How the loss is computed from the last hidden states."""
+    compile: speed.Compile = "none"
+    """``blocks``: each transformer block is compiled by itself (``torch.compile``); the first step then takes longer."""
+    activation_checkpointing: speed.ActivationCheckpointing = speed.KeepAll()
+    """What the backward pass computes again: nothing, whole blocks, or all but the dear operations."""
+    activation_offload: bool = False
+    """Keep what blocks keep for the backward pass in the node's memory instead of the device's."""
     deterministic: bool = True
     """Deterministic kernels alone: the same run twice is bit-identical. False may be faster on a GPU."""
     validation: training.Validation = training.Validation()
@@ -49,7 +63,7 @@ class Recipe(Section):
     """What is written down."""
     profile: training.Profile = training.Profile()
     """What is looked at closely, and when."""
-    parallel: training.Parallel = training.AutoParallel()
+    parallel: Parallel = AutoParallel()
     """How ranks share the model; ``auto`` unless you insist."""
 
     def rules(self) -> Iterator[tuple[str, str]]:

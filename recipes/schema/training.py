@@ -1,4 +1,4 @@
-"""How it is learned: ``run``, ``batch``, ``optimizer``, ``schedule``, ``duration``, ``checkpoint``, ``parallel`` and so on."""
+"""How it is learned: ``run``, ``batch``, ``schedule``, ``duration``, ``validation``, ``checkpoint`` and so on."""
 
 from __future__ import annotations
 
@@ -33,26 +33,6 @@ class BatchSize(Section):
     micro_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Rows a forward pass on one rank; ``auto`` takes all of the rank's rows at once. Fewer save memory and change nothing
     else."""
-
-
-class AdamW(Section):
-    """AdamW (Loshchilov and Hutter 2019); norms, biases and other one-dimensional parameters get no weight decay."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay."""
-    clip_norm: float = Field(default=1.0, ge=0)
-    """Global gradient norm above which gradients are scaled down; 0 never clips."""
-
-    def rules(self) -> Iterator[tuple[str, str]]:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            yield "betas", f"given {list(self.betas)}; allowed: two numbers, each at least 0 and below 1"
 
 
 class _Warmup(Section):
@@ -165,23 +145,4 @@ class Profile(Section):
     """Also a history of the device's allocations, as a page to open in a browser; on CUDA alone."""
 
 
-class AutoParallel(Section):
-    """Worked out from the machines: ``plain`` on one rank, FSDP2 sharded over all ranks beyond."""
-
-    kind: Literal["auto"] = "auto"
-
-
-class Fsdp2(Section):
-    """FSDP2 (``fully_shard`` on each block and the root), on one rank too."""
-
-    kind: Literal["fsdp2"]
-    shard: Literal["all", "node"] | Annotated[int, Field(ge=1)] = "all"
-    """Ranks that share one copy of the model: ``all``; ``node``: shard within a node and replicate across nodes (HSDP); or a
-    number that divides the ranks."""
-    reshard_after_forward: bool = True
-    """Free the gathered parameters of a block after its forward pass; false keeps them, faster and larger."""
-
-
-Parallel = Annotated[AutoParallel | Fsdp2, Field(discriminator="kind")]
-ActivationCheckpointing = Literal["none", "full", "selective"]
 Precision = Literal["fp32", "fp64", "bf16"]

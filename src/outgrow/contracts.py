@@ -18,7 +18,7 @@ from outgrow.record import Record as Record
 if TYPE_CHECKING:
     import torch
 
-EngineName: TypeAlias = Literal["plain", "fsdp2"]
+EngineName: TypeAlias = Literal["plain", "ddp", "fsdp2", "zero"]
 RestartCause: TypeAlias = Literal["", "rank_lost", "error", "asked"]
 DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 

@@ -134,7 +134,7 @@ def test_ranks_agree_with_one_and_go_on_from_each_other(dataset: Dataset, straig
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(dataset: Dataset) -> None:
     """The learning rate explodes after a good checkpoint; losses are read seldom, so nobody looks at the bad step itself."""
     settings = {
-        "optimizer": {"learning_rate": 1e-3, "clip_norm": 0.0},
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-3, "clip_norm": 0.0},
         "schedule": {"kind": "custom", "factory": "training_jobs:explodes", "options": {"at": 6}},
         "logging": {"every_steps": 100},
         "validation": {"every_steps": 0},

@@ -36,7 +36,9 @@ RANKS = {
     "fsdp2 on 2, gathered parameters kept": Case(
         engine="fsdp2", shard=2, settings={"parallel": {"kind": "fsdp2", "reshard_after_forward": False}}
     ),
-    "fsdp2 on 2, selective checkpointing": Case(engine="fsdp2", shard=2, settings={"activation_checkpointing": "selective"}),
+    "fsdp2 on 2, selective checkpointing": Case(
+        engine="fsdp2", shard=2, settings={"activation_checkpointing": {"kind": "selective"}}
+    ),
     "mixtral, fsdp2 on 4": Case(engine="fsdp2", shard=4, micro_rows=1, family="mixtral"),
     "gemma2, hsdp 2x2": Case(engine="fsdp2", replicate=2, shard=2, family="gemma2"),
     "fp32, fsdp2 on 2": Case(engine="fsdp2", shard=2, precision="fp32"),
@@ -112,7 +114,7 @@ def test_accumulation_changes_rounding_alone(precision: str, micro_rows: int) ->
 @pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_is_bit_equal(kind: str, family: str) -> None:
-    checkpointed = train(Case(family=family, precision="bf16", settings={"activation_checkpointing": kind}))
+    checkpointed = train(Case(family=family, precision="bf16", settings={"activation_checkpointing": {"kind": kind}}))
     assert checkpointed == plain(family=family, precision="bf16")
 
 

@@ -46,7 +46,7 @@ RECIPE = {
     },
     "batch": {"rows": 6, "micro_rows": 4},
     "duration": {"steps": STEPS},
-    "optimizer": {"learning_rate": 0.01},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.01},
     "schedule": {"kind": "cosine", "warmup_steps": 4},
     "precision": "fp32",
     "logging": {"every_steps": 1},

@@ -13,9 +13,9 @@ from packed import Row, batch
 from torch import nn
 
 from outgrow.contracts import Batch, StepRows
-from outgrow.recipes.schema.training import AdamW
+from outgrow.recipes.schema.optimizer import AdamW
 from outgrow.trainers.engines import unmarked
-from outgrow.trainers.engines.adamw import NamedAdamW
+from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.engines.forward import to_device
 from outgrow.trainers.regions import Region, local_part
 from outgrow.trainers.validation import validate

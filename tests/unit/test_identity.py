@@ -25,7 +25,7 @@ def recipe(**changes: Any) -> Recipe:
         },
         "batch": {"rows": 8},
         "duration": {"steps": 5},
-        "optimizer": {"learning_rate": 0.1},
+        "optimizer": {"kind": "adamw", "learning_rate": 0.1},
     }
     for key, value in changes.items():
         *sections, last = key.split("__")
@@ -37,8 +37,10 @@ def recipe(**changes: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_of_the_schema_is_classified_exactly_once(key: str) -> None:
-    assert len([entry for entry in VERDICTS if f"{key}.".startswith(f"{entry}.")]) == 1
+def test_every_key_of_the_schema_is_classified(key: str) -> None:
+    """By one entry, or by one that is of a key below that of another."""
+    entries = sorted((entry for entry in VERDICTS if f"{key}.".startswith(f"{entry}.")), key=len)
+    assert len(entries) in (1, 2)
     classify(tuple(key.split(".")))
 
 
@@ -64,7 +66,7 @@ def test_what_is_learned_is_refused_when_changed() -> None:
         {"validation__max_rows": 3},
         {"logging__every_steps": 3},
         {"data__loader_workers": 3},
-        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": {"kind": "full"}},
         {"deterministic": False},
     ],
 )

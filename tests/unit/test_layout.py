@@ -32,7 +32,7 @@ def recipe(rows: int = 8, micro_rows: int | str = "auto", parallel: Any = AUTO, 
             },
             "batch": {"rows": rows, "micro_rows": micro_rows},
             "duration": duration or {"steps": 5},
-            "optimizer": {"learning_rate": 0.1},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.1},
             "parallel": parallel,
         }
     )

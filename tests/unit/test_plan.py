@@ -34,7 +34,7 @@ def recipe(**changes: Any) -> Recipe:
         },
         "batch": {"rows": 32},
         "duration": {"steps": 100},
-        "optimizer": {"learning_rate": 1e-3},
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
         "precision": "fp32",
     }
     return Recipe.model_validate(data | changes)

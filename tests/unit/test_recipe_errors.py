@@ -53,11 +53,11 @@ RECIPE_MISTAKES = [
         "FILE:2: run.seed: missing; allowed: a whole number, at least 0 and below 4294967296\n"
         "FILE:4: run.seeds: unknown key; did you mean seed?",
     ),
-    ("  kind: architecture\n", "", "FILE:5: model.kind: missing; allowed: architecture | folder"),
+    ("  kind: architecture\n", "", "FILE:5: model.kind: missing; allowed: architecture | folder | custom"),
     (
         "kind: architecture",
         "kind: architectur",
-        "FILE:6: model.kind: given 'architectur'; allowed: architecture | folder; did you mean architecture?",
+        "FILE:6: model.kind: given 'architectur'; allowed: architecture | folder | custom; did you mean architecture?",
     ),
     (
         "  family: llama",
@@ -173,7 +173,7 @@ RECIPE_MISTAKES = [
     (
         "optimizer:",
         "parallel: fsdp\noptimizer:",
-        "FILE:23: parallel.kind: given 'fsdp'; allowed: auto | fsdp2; did you mean fsdp2?",
+        "FILE:23: parallel.kind: given 'fsdp'; allowed: auto | ddp | fsdp2 | zero; did you mean fsdp2?",
     ),
     (
         "optimizer:",
@@ -267,8 +267,9 @@ RECIPE_MISTAKES = [
     (
         "optimizer:",
         "gpus: 8\noptimizer:",
-        "FILE:23: gpus: unknown key; allowed: schema, run, model, data, objective, batch, "
-        "duration, optimizer, schedule, precision, activation_checkpointing, deterministic, validation, checkpoint, logging, "
+        "FILE:23: gpus: unknown key; allowed: schema, run, model, adapter, data, objective, batch, "
+        "duration, optimizer, schedule, precision, attention, cross_entropy, compile, "
+        "activation_checkpointing, activation_offload, deterministic, validation, checkpoint, logging, "
         "profile, parallel",
     ),
     (

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from outgrow.errors import RecipeError
 from outgrow.recipes.loading import load
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.parallel import Fsdp2
 from outgrow.recipes.yaml_marks import key_path, key_text, parse
 
 RECIPE = """\
@@ -151,7 +152,7 @@ def test_overrides_apply_in_order(path: Path) -> None:
 def test_an_override_may_replace_a_short_form(path: Path) -> None:
     path.write_text(RECIPE + "parallel: auto\n")
     recipe = load(path, ["parallel.kind=fsdp2", "parallel.shard=2"])
-    assert recipe.to_dict()["parallel"] == {"kind": "fsdp2", "shard": 2, "reshard_after_forward": True}
+    assert recipe.parallel == Fsdp2(kind="fsdp2", shard=2)
 
 
 def test_a_recipe_goes_through_plain_data(path: Path) -> None:

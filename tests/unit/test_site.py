@@ -51,7 +51,7 @@ def recipe(**sections: Any) -> Recipe:
             },
             "batch": {"rows": 8},
             "duration": {"steps": 5},
-            "optimizer": {"learning_rate": 0.1},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.1},
         }
         | sections
     )

@@ -24,7 +24,7 @@ RUN = "runs/tiny-1234"
 RECIPE: JsonDict = {
     "schema": 1,
     "run": {"name": "tiny", "seed": 3},
-    "optimizer": {"learning_rate": 0.001, "betas": [0.9, 0.95]},
+    "optimizer": {"kind": "adamw", "learning_rate": 0.001, "betas": [0.9, 0.95]},
 }
 
 
@@ -302,7 +302,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
             },
             "batch": {"rows": 1},
             "duration": {"steps": 1},
-            "optimizer": {"learning_rate": 0.1},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.1},
             "schedule": {"kind": "constant"},
             "logging": {"trackers": ["tensorboard", "mlflow", "wandb"]},
         }

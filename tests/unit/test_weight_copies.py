@@ -29,7 +29,7 @@ RECIPE = {
     "model": {"kind": "folder", "path": "llama"},
     "batch": {"rows": 2},
     "duration": {"steps": 1},
-    "optimizer": {"learning_rate": 1e-3},
+    "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
 }
 
 

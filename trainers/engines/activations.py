@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from outgrow.recipes.schema.training import ActivationCheckpointing
+from outgrow.recipes.schema.speed import ActivationCheckpointing
 
 _aten = torch.ops.aten
 _KEPT = [
@@ -28,13 +28,13 @@ _KEPT = [
 ]
 
 
-def checkpoint_activations(blocks: Sequence[nn.Module], kind: ActivationCheckpointing) -> None:
+def checkpoint_activations(blocks: Sequence[nn.Module], policy: ActivationCheckpointing) -> None:
     """Make each block checkpoint itself. Its ``forward`` is replaced, not the module, so that parameter names stay.
 
     To be called before ``fully_shard``: its hooks then gather parameters around the block, not again within it.
     """
-    if kind == "none":
+    if policy.kind == "none":
         return
-    context = noop_context_fn if kind == "full" else partial(create_selective_checkpoint_contexts, _KEPT)
+    context = noop_context_fn if policy.kind == "full" else partial(create_selective_checkpoint_contexts, _KEPT)
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context)

@@ -18,13 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from outgrow.contracts import Batch, Layout
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.training import Fsdp2
+from outgrow.recipes.schema.parallel import Fsdp2
 from outgrow.trainers.engines.activations import checkpoint_activations
-from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.engines.engine import Mark, StepSums
 from outgrow.trainers.engines.forward import batch_nll, batch_sums, last_logits, to_device
 from outgrow.trainers.engines.materialise import materialise
-from outgrow.trainers.models.families import blocks
+from outgrow.trainers.models.families import blocks, names_in_blocks
+from outgrow.trainers.optimizers import make_optimizer
 from outgrow.trainers.regions import TensorSource, fill
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Fsdp2Engine:
         materialise(model, device)
         # Held from the start: between forward and backward the modules show gathered parameters in place of these shards.
         self._parameters = dict(model.named_parameters())
-        self._optimizer = NamedAdamW(self._parameters, recipe.optimizer)
+        self._optimizer = make_optimizer(self._parameters, recipe.optimizer, names_in_blocks(model))
         self._loss = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
         self._micro_batches = 0
@@ -92,6 +92,9 @@ class Fsdp2Engine:
     def load(self, source: TensorSource) -> None:
         for name, tensor in self.tensors().items():
             fill(tensor, name, source)
+
+    def load_frozen(self, source: TensorSource) -> None:
+        raise NotImplementedError
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
         for name, parameter in self._parameters.items():

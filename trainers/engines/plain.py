@@ -16,11 +16,11 @@ from torch import nn
 from outgrow.contracts import Batch
 from outgrow.recipes.schema import Recipe
 from outgrow.trainers.engines.activations import checkpoint_activations
-from outgrow.trainers.engines.adamw import NamedAdamW
 from outgrow.trainers.engines.engine import Mark, StepSums
 from outgrow.trainers.engines.forward import batch_nll, batch_sums, last_logits, to_device
 from outgrow.trainers.engines.materialise import materialise
-from outgrow.trainers.models.families import blocks
+from outgrow.trainers.models.families import blocks, names_in_blocks
+from outgrow.trainers.optimizers import make_optimizer
 from outgrow.trainers.regions import TensorSource, fill
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class PlainEngine:
         materialise(model, device, torch.bfloat16 if recipe.precision == "bf16" else None)
         self._computing = dict(model.named_parameters())
         self._masters = _float32_masters(self._computing) if recipe.precision == "bf16" else self._computing
-        self._optimizer = NamedAdamW(self._masters, recipe.optimizer)
+        self._optimizer = make_optimizer(self._masters, recipe.optimizer, names_in_blocks(model))
         self._loss = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
 
@@ -75,6 +75,9 @@ class PlainEngine:
         for name, tensor in self.tensors().items():
             fill(tensor, name, source)
         self._renew_copy()
+
+    def load_frozen(self, source: TensorSource) -> None:
+        raise NotImplementedError
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
         for name, parameter in self._masters.items():

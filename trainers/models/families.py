@@ -99,6 +99,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(lists[0])
 
 
+def names_in_blocks(model: nn.Module) -> set[str]:
+    """The names of all parameters that lie within transformer blocks."""
+    inside = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
+
+
 @dataclass(frozen=True)
 class _OnlyValue:
     """The one value (or None) that a key of a configuration may have, and why."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from outgrow.recipes.schema.training import AdamW
+from outgrow.recipes.schema.optimizer import AdamW
 
 _CLIP_EPS = 1e-6
 """Added to the norm that gradients are divided by, as ``torch.nn.utils.clip_grad_norm_`` does."""
