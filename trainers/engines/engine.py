@@ -64,15 +64,15 @@ class Engine(Protocol):
     def tensors(self) -> dict[str, torch.Tensor]:
         """Views of all that a checkpoint keeps: ``model/<parameter>`` and ``optim/<parameter>/<state>``, of what is trained.
 
-        DTensors where the engine shards, ``FlatPart`` where it cuts parameters into flat pieces. Tied parameters stand once, under the first of their names. The names and shapes
-        are the same from before the first step to the end of the run.
+        DTensors where the engine shards, ``FlatPart`` where it cuts parameters into flat pieces. Tied parameters stand once,
+        under the first of their names. The names and shapes are the same from before the first step to the end of the run.
         """
 
     def load(self, source: TensorSource) -> None:
         """Fill every one of ``tensors()``."""
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
-        """Fill all parameters, frozen ones too, with ``<prefix><parameter>`` of the source; the optimizer stays as it was made."""
+        """Fill all parameters, frozen ones too, with ``<prefix><parameter>``; the optimizer stays as it was made."""
 
     def load_frozen(self, source: TensorSource) -> None:
         """Fill the parameters that are not trained and so are in no checkpoint. Nothing to do where all are trained."""
