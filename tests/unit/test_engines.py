@@ -15,8 +15,8 @@ from torch import nn
 from outgrow.contracts import Batch, StepRows
 from outgrow.recipes.schema.optimizer import AdamW
 from outgrow.trainers.engines import unmarked
-from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.engines.forward import to_device
+from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.regions import Region, local_part
 from outgrow.trainers.validation import validate
 
