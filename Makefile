@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart test test-tiers test-monitoring lint doctor system-deps docs benchmarks clean
+.PHONY: quickstart test test-cluster test-tiers test-monitoring lint doctor system-deps docs benchmarks clean
 .DEFAULT_GOAL := quickstart
 
 $(READY): pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist worksteal
 	$(BIN)/python -m pytest tests --ignore tests/unit
+
+# A Ray head with a token and jobs submitted to it; two nodes, each in a network namespace of its own.
+test-cluster: $(READY)
+	$(BIN)/python -m pytest tests -m cluster
 
 # What takes longer than a test should: 20 crashes in a row, a minute without the bucket, 100 histories of copies.
 test-tiers: $(READY)

@@ -16,6 +16,8 @@ import pytest
 import requests
 from tiny_runs import ROOT, Place, head, tiny_place, wait_for
 
+pytestmark = pytest.mark.cluster
+
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import ROOT, Place, tiny_place, wait_for
 
+pytestmark = pytest.mark.cluster
+
 RAY = str(Path(sys.executable).with_name("ray"))
 FOLDERS = ("cluster", "monitoring", "recipes", "streaming", "trainers")
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
