@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 
-.PHONY: quickstart test test-cluster test-tiers test-monitoring lint doctor system-deps docs benchmarks clean
+.PHONY: quickstart test test-cluster test-tiers test-monitoring test-parity lint doctor system-deps docs benchmarks clean
 .DEFAULT_GOAL := quickstart
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +35,10 @@ test-tiers: $(READY)
 test-monitoring: $(READY)
 	$(BIN)/python -m pytest tests -m monitoring
 
+# Every method on every engine, over 20 steps, against the oracle.
+test-parity: $(READY)
+	$(BIN)/python -m pytest tests -m parity
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +46,8 @@ lint: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m outgrow.recipes.reference
+	$(BIN)/python -m outgrow.recipes.matrix_page
+	$(BIN)/python -m outgrow.cluster.presets_page
 	$(BIN)/python -m outgrow.monitoring.metrics_page
 	$(BIN)/python -m outgrow.monitoring.alerts.build
 	$(BIN)/python -m outgrow.monitoring.dashboards.build
@@ -51,10 +57,10 @@ doctor:
 
 system-deps:
 	apt-get update
-	apt-get install --yes --no-install-recommends g++ ninja-build iproute2 util-linux prometheus prometheus-alertmanager chromium
+	apt-get install --yes --no-install-recommends g++ ninja-build libaio-dev iproute2 util-linux prometheus prometheus-alertmanager chromium
 
 benchmarks: $(READY)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

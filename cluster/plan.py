@@ -6,22 +6,28 @@ is worked out again at every start of the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
+from outgrow.cluster.fit import Machine, memory_refusals, node_bytes, terms
 from outgrow.cluster.ray_environment import worker_environment
-from outgrow.contracts import DataReading, DatasetCard, Inventory, Layout, ModelFacts, Plan, Refusal
+from outgrow.cluster.sizes import size as size
+from outgrow.contracts import DataReading, DatasetCard, Forecast, Inventory, JsonDict, Layout, ModelFacts, Plan, Refusal
 from outgrow.errors import PlanError
 from outgrow.recipes import combinations
 from outgrow.recipes import layout as layouts
+from outgrow.recipes.deepspeed import deepspeed_config, extensions_folder, folders, offloads_to_nvme
+from outgrow.recipes.measured import require_measured
+from outgrow.recipes.memory import count, forecast, state_bytes
 from outgrow.recipes.mix import Mix, stage_lengths
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.parallel import Zero
 from outgrow.recipes.schema.site import Site
 from outgrow.recipes.schema.sources import PreferenceShape
 
-_STATE_BYTES = {"fp32": 12, "bf16": 12, "fp64": 24}
-"""Bytes a parameter in a checkpoint: the parameter and AdamW's two moments, in the precision that the optimizer steps in."""
 _BESIDE_BYTES = 2**20
 """Names, digests, the recipe and the data position of a checkpoint; well above what was seen."""
 _USEFUL_PASSES = 4
@@ -55,30 +61,40 @@ def make_plan(
     *,
     free_bytes: int | None,
     environment: Mapping[str, str],
+    tier_bytes: int | None = None,
     cluster: str | None = None,
     reading: DataReading | None = None,
 ) -> Plan:
     """The plan of ``recipe`` on this machine; it cannot start where ``refusals`` is not empty, and all of them are there.
 
-    ``card`` is None before the data are built. ``free_bytes`` is what the run's storage has for it, its own older checkpoints
-    included; None for a bucket. ``environment`` is what outgrow sets for the driver. ``cluster`` is the address of a Ray
-    cluster of other machines than this one: its room is asked for when the run starts there, not here. ``reading`` is how this
-    machine will read the dataset, None where it will not, or where that is not known yet.
+    ``card`` is None before the data are built. ``free_bytes`` is what the run's storage has for it, its own older
+    checkpoints included; None for a bucket. ``tier_bytes`` is the room on the site's first tier, None where nobody knows.
+    ``environment`` is what outgrow sets for the driver. ``cluster`` is the address of a Ray cluster of other machines than
+    this one: its room is asked for when the run starts there, not here. ``reading`` is how this machine will read the
+    dataset, None where it will not, or where that is not known yet.
     """
     ranks = resolve_ranks(site, inventory)
-    refusals = [] if cluster else _room_for_ranks(ranks, inventory)
-    refusals += combinations.refusals(recipe, ranks.device)
-    layout, mix = None, None
+    without_room = [] if cluster else _room_for_ranks(ranks, inventory)
+    refusals = without_room + combinations.refusals(recipe, ranks.device)
+    layout, mix, foreseen = None, None, None
+    machine = Machine.of(inventory, ranks.device, ranks.workers, tier_bytes)
     try:
-        layout = layouts.resolve(recipe, ranks.workers, ranks.workers)
+        layout = layouts.resolve(recipe, ranks.workers, machine.local_workers)
+        foreseen = forecast(recipe, facts, layout, machine.local_workers, ranks.device)
     except PlanError as error:
         refusals.append(_refusal(error))
+    # A cluster of other machines has been asked what they have when it is more than one.
+    if layout and not without_room and (cluster is None or inventory.nodes > 1):
+        refusals += memory_refusals(recipe, facts, machine)
+    refusals += _no_tier(recipe, site)
     try:
         mix = Mix.of(recipe, card) if card else None
+        if card:
+            require_measured(recipe, card)
     except PlanError as error:
         refusals.append(_refusal(error))
     steps = _steps(recipe, mix)
-    checkpoint = facts.parameters * _STATE_BYTES[recipe.precision] + _BESIDE_BYTES
+    checkpoint = state_bytes(recipe, facts) + _BESIDE_BYTES
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
     refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
@@ -97,13 +113,16 @@ def make_plan(
         run_bytes=run_bytes,
         storage=site.storage,
         storage_free_bytes=free_bytes,
-        environment={**environment, **worker_environment(ranks.threads)},
+        environment={**environment, **worker_environment(ranks.threads), **_engine_environment(site, layout)},
         refusals=tuple(refusals),
         notes=(
             *_notes(recipe, card, facts, ranks, cluster),
+            *_state_notes(recipe, facts),
             *([reading.note] if reading and reading.note else []),
             *_mix_notes(recipe, card, mix, steps),
         ),
+        forecast=foreseen,
+        engine_settings=_engine_settings(recipe, facts, site, layout),
     )
 
 
@@ -185,6 +204,15 @@ def _not_profilable(recipe: Recipe, ranks: Ranks, steps: int) -> list[Refusal]:
     return refusals
 
 
+def _no_tier(recipe: Recipe, site: Site) -> list[Refusal]:
+    """Offload to a disk where the site has not said which disk outgrow may use so."""
+    zero = recipe.parallel
+    if not isinstance(zero, Zero) or not offloads_to_nvme(zero) or site.tiers:
+        return []
+    nearest = "tiers: [{name: nvme, path: FOLDER}] in site.yaml, a folder on the fastest disk"
+    return [Refusal(asked="parallel: offload to nvme", available="no tier is declared", nearest=nearest)]
+
+
 def _refusal(error: PlanError) -> Refusal:
     return Refusal(asked=error.message, available="", nearest=error.hint)
 
@@ -220,6 +248,31 @@ def _notes(recipe: Recipe, card: DatasetCard | None, facts: ModelFacts, ranks: R
     if ranks.device == "cpu" and recipe.precision == "bf16":
         notes.append("bf16 is slow on most CPUs; precision=fp32 is up to ten times as fast there")
     return tuple(notes)
+
+
+def _state_notes(recipe: Recipe, facts: ModelFacts) -> Iterator[str]:
+    """How much of the model is trained, and what that keeps whatever it is spread over."""
+    if not facts.shapes:
+        return
+    trained = count(recipe, facts).whole.trained
+    states = state_bytes(recipe, facts)
+    yield (
+        f"{trained:,} numbers are trained ({trained / facts.parameters:.2%}); with {recipe.optimizer.kind} they keep "
+        f"{size(states)} of parameters and states, {states / trained:.1f} bytes each, over all ranks together"
+    )
+
+
+def _engine_environment(site: Site, layout: Layout | None) -> dict[str, str]:
+    if layout is None or layout.engine != "zero":
+        return {}
+    return {"TORCH_EXTENSIONS_DIR": str(extensions_folder(Path(site.cache).expanduser()))}
+
+
+def _engine_settings(recipe: Recipe, facts: ModelFacts, site: Site, layout: Layout | None) -> JsonDict:
+    if layout is None or layout.engine != "zero":
+        return {}
+    offload = folders(recipe, site).offload if site.tiers else None
+    return deepspeed_config(layout, recipe, str(offload or ""), facts.largest_tensor)
 
 
 def _mix_notes(recipe: Recipe, card: DatasetCard | None, mix: Mix | None, steps: int) -> list[str]:
@@ -274,8 +327,10 @@ def render(plan: Plan) -> str:
         ("run", plan.run),
         ("ranks", f"{plan.workers} on {plan.device}, {plan.threads_per_worker} thread(s) each"),
         *([("layout", _layout(plan.layout))] if plan.layout else []),
+        *_memory_rows(plan),
         ("length", _length(plan)),
         ("disk", _disk(plan)),
+        *([("sets", f"DeepSpeed {json.dumps(plan.engine_settings)}")] if plan.engine_settings else []),
         *(("sets", f"{name}={value}") for name, value in sorted(plan.environment.items())),
         *(("note", note) for note in plan.notes),
     ]
@@ -293,6 +348,28 @@ def _layout(layout: Layout) -> str:
     )
 
 
+def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What each rank's device, a node's memory and its first tier hold at most."""
+    foreseen = plan.forecast
+    if foreseen is None or plan.layout is None:
+        return
+    yield "memory", f"{size(sum(foreseen.device.values()))} on the device of a rank: {terms(foreseen.device)}"
+    if plan.device == "cuda":
+        in_memory = node_bytes(foreseen, plan.device, plan.workers)
+        yield "", f"{size(in_memory)} in a node's memory: {terms(foreseen.host)}"
+    else:
+        yield "", f"{size(sum(foreseen.host.values()))} beside them in memory: {terms(foreseen.host)}"
+    if foreseen.disk:
+        traffic = _traffic(foreseen)
+        yield "", f"{size(sum(foreseen.disk.values()))} on a node's first tier: {terms(foreseen.disk)}{traffic}"
+
+
+def _traffic(foreseen: Forecast) -> str:
+    if not foreseen.step_read_bytes:
+        return ""
+    return f"; a step reads {size(foreseen.step_read_bytes)} and writes {size(foreseen.step_written_bytes)}"
+
+
 def _length(plan: Plan) -> str:
     if not plan.steps:
         return "known when the dataset is built"
@@ -308,13 +385,3 @@ def _disk(plan: Plan) -> str:
 def _sentence(refusal: Refusal) -> str:
     there = f"; available: {refusal.available}" if refusal.available else ""
     return f"{refusal.asked}{there}\n    {refusal.nearest}"
-
-
-def size(count: int) -> str:
-    """Bytes for a person: ``59.0 MB``; decimal units, as disks are sold."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

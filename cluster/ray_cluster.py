@@ -217,6 +217,7 @@ def survey(cluster: RayCluster, here: Inventory) -> Inventory:
         cores=cores,
         memory_bytes=sum(node.memory_bytes for node in found),
         gpus=tuple(gpu for node in found for gpu in node.gpus),
+        nodes=len(found),
     )
 
 

@@ -56,11 +56,15 @@ def describe(record: StepRecord) -> str:
         streams = record.detail.get("streams", {})
         parts = [f"{name} {loss:.4f}" for name, loss in streams.items()] if len(streams) > 1 else []
         return f"{at}  validation loss {_number(record.loss)}" + (f"  ({', '.join(parts)})" if parts else "")
+    if record.kind == "roll_back":
+        return f"{at}  gone back to here, learning rate x {record.detail.get('rate', 1):g}: {record.detail.get('why', '')}"
     if record.kind == "checkpoint":
         failed = record.detail.get("error")
         return f"{at}  checkpoint " + (f"FAILED: {failed}" if failed else "committed")
     if record.kind == "end":
-        return f"{at}  finished, validation loss {_number(record.loss)}" if record.loss is not None else f"{at}  finished"
+        early = record.detail.get("ended")
+        loss = f", validation loss {_number(record.loss)}" if record.loss is not None else ""
+        return f"{at}  ended early{loss}: {early}" if early else f"{at}  finished{loss}"
     return "  ".join(
         [
             at,

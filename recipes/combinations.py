@@ -109,12 +109,6 @@ RULES: tuple[Rule, ...] = (
         lambda recipe, device: _offloads_fsdp2(recipe) and isinstance(recipe.optimizer, Muon | AdamW8bit),
     ),
     Rule(
-        "adapter.base nf4 with parallel.offload cpu",
-        "4-bit weights that are gathered from host memory lose their scales on the way",
-        "parallel.offload: none: 4-bit weights are small",
-        lambda recipe, device: _nf4(recipe) and _offloads_fsdp2(recipe),
-    ),
-    Rule(
         "cross_entropy.kind liger on a CPU",
         "Liger's kernels are Triton's, for GPUs",
         "cross_entropy: {kind: chunked}",
@@ -139,6 +133,18 @@ RULES: tuple[Rule, ...] = (
         lambda recipe, device: recipe.attention in ("varlen", "flash_attention_2") and recipe.precision == "fp32",
     ),
     Rule(
+        "attention flex on a CPU",
+        "flex_attention has no backward pass there",
+        "attention: auto",
+        lambda recipe, device: recipe.attention == "flex" and device != "cuda",
+    ),
+    Rule(
+        "activation_offload with activation_checkpointing selective",
+        "the results that are kept are not handed to what offloads",
+        "activation_checkpointing: {kind: full}, whose blocks' inputs are offloaded, or {kind: none}",
+        lambda recipe, device: recipe.activation_offload and isinstance(recipe.activation_checkpointing, RecomputeCheap),
+    ),
+    Rule(
         "activation_offload on a CPU",
         "activations are in the node's memory already",
         "activation_offload: false; activation_checkpointing: {kind: full} saves memory",
@@ -149,6 +155,12 @@ RULES: tuple[Rule, ...] = (
         "peft's rules of targets are for transformers' models",
         "adapter: none",
         lambda recipe, device: isinstance(recipe.adapter, Lora) and isinstance(recipe.model, CustomModel),
+    ),
+    Rule(
+        "attention with model.kind custom",
+        "the model computes its attention by itself",
+        "attention: auto",
+        lambda recipe, device: isinstance(recipe.model, CustomModel) and recipe.attention != "auto",
     ),
     Rule(
         "cross_entropy chunked or liger with model.kind custom",

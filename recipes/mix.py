@@ -188,7 +188,8 @@ def _first_epoch(recipe: Recipe, card: DatasetCard) -> Phase:
 
 
 def _epoch_takes(streams: Sequence[Stream], cards: Sequence[StreamCard]) -> tuple[int, ...]:
-    """Rows of each stream in one epoch; tokens of a share are turned into rows by the stream's mean tokens a row."""
+    """Rows of each stream in one epoch, none of one for validation; tokens of a share are turned into rows by the stream's mean
+    tokens a row."""
     for stream, card in zip(streams, cards, strict=True):
         if stream.share is not None:
             _require_rows(card, f"stream '{stream.name}' of data.streams has share: {stream.share:g}")
@@ -197,8 +198,9 @@ def _epoch_takes(streams: Sequence[Stream], cards: Sequence[StreamCard]) -> tupl
         for stream, card in zip(streams, cards, strict=True)
     ]
     shares = [_exact(stream.share or 0) for stream in streams]
+    all_shared = all(stream.share is not None for stream in streams if stream.use == "training")
     tokens = sum((rows * _mean_tokens(card) for rows, card in zip(takes, cards, strict=True) if rows), Fraction(0))
-    whole = Fraction(sum(card.tokens for card in cards)) if all(shares) else tokens / (1 - sum(shares))
+    whole = Fraction(sum(card.tokens for card in cards)) if all_shared else tokens / (1 - sum(shares))
     if not whole:
         raise PlanError(
             "the streams of data.streams without share have no row to train on; the others would be shares of nothing",

@@ -38,6 +38,8 @@ def section_key(recipe: Recipe) -> str:
     section = recipe.data.model_dump(mode="json", exclude={"loader_workers", "on_bad_shard", "stages"})
     for stream in section["streams"]:
         del stream["epochs"], stream["share"]
+        if stream["use"] == "training":
+            del stream["use"]  # not asked before there were others: datasets from then are found
     formats = [FORMAT, row_building.FORMAT]
     lengths = recipe.data.sequence_lengths
     key = fingerprint({"data": section, "lengths": lengths, "seed": recipe.run.seed, "formats": formats})

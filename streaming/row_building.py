@@ -51,7 +51,8 @@ def build_index(store: Path, out: Path, *, data: Data, sequence_length: int, see
     """Make the row index of a committed store in the folder ``out``; one that is there already is only opened.
 
     Written aside beside ``out`` and renamed; a window at a time is in memory. Raises ``DataError`` where a stream has nothing
-    to train on or learns nothing of it, and where a document is longer than a row and the recipe says ``too_long: stop``.
+    to train on (of ``use: validation``: to validate on) or all of its loss weights are 0, and where a document is longer than a
+    row and the recipe says ``too_long: stop``.
     """
     if is_committed(out):
         return read_facts(out)[0]
@@ -110,6 +111,11 @@ class _SplitBuilder:
     def _is_whole(self) -> bool:
         return self.stream.split == "never"
 
+    @property
+    def _is_asked_for(self) -> bool:
+        """Whether the stream is there for this split; the other may be empty."""
+        return self.split == ("train" if self.stream.use == "training" else "validation")
+
     @cached_property
     def _documents(self) -> Documents:
         return Documents(self.store, self.stream.name, self.split, self.digests, open_shards=2)
@@ -159,7 +165,7 @@ class _SplitBuilder:
             pairs=self.pairs,
             dropped=self._save_dropped(folder, reason),
         )
-        if self.split == "train" and not weight:
+        if self._is_asked_for and not weight:
             self._stop_with_nothing_learned(facts)
         return facts
 
@@ -208,13 +214,14 @@ class _SplitBuilder:
         )
 
     def _stop_with_nothing_learned(self, facts: SplitFacts) -> NoReturn:
+        does, learned = ("train", "learned") if self.split == "train" else ("validate", "measured")
         if facts.rows:
             raise DataError(
-                f"stream '{self.stream.name}': none of its {facts.tokens:,} tokens is learned, for all loss weights are 0",
+                f"stream '{self.stream.name}': none of its {facts.tokens:,} tokens is {learned}, for all loss weights are 0",
                 hint="check that chat.roles names roles of its dialogues, and chat.thinking_weight",
             )
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in facts.dropped.items())
         raise DataError(
-            f"stream '{self.stream.name}' holds no document to train on" + (f"; dropped: {dropped}" if dropped else ""),
+            f"stream '{self.stream.name}' holds no document to {does} on" + (f"; dropped: {dropped}" if dropped else ""),
             hint="check its files, its filter, data.duplicates, and that data.validation_fraction leaves some",
         )

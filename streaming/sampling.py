@@ -29,16 +29,16 @@ _MARGIN = 1.2
 
 
 def sample_texts(data: Data, sources: Mapping[str, Source], limit_bytes: int) -> Iterator[str]:
-    """Texts, cleaned as the streams ask, of at most ``limit_bytes`` in UTF-8, the same share of every part of every stream; a
-    pure function of the inputs. Dialogues give the texts of their messages.
+    """Texts, cleaned as the streams ask, of at most ``limit_bytes`` in UTF-8, the same share of every part of every stream that
+    is trained on; a pure function of the inputs. Dialogues give the texts of their messages.
 
     Raises ``DataError`` where a source holds token ids instead of text.
     """
-    total = sum(item.text_bytes for source in sources.values() for item in source.inputs)
+    total = sum(item.text_bytes for stream in data.trained for item in sources[stream.name].inputs)
     share = limit_bytes / max(total, 1)
     # All of it may be had: then the limit is one for all, as text can be longer in UTF-8 than in its file.
     left = float(limit_bytes) if share >= 1 else 0.0
-    for stream in data.streams:
+    for stream in data.trained:
         cleaner = Cleaner(stream.clean)
         for unit in sources[stream.name].units():
             left += unit.num_bytes * share if share < 1 else 0.0

@@ -2,8 +2,10 @@
 
 A pure function of the store's document tables and the recipe. Documents are taken in one order: held-out ones first, stream
 after stream as in the recipe, then training ones likewise, each stream in the order of its store; of documents that are alike
-the first is kept. What a filter drops is no twin of anything. Memory: 40 bytes a document, one table of documents, and 200 MB;
-signatures stay on disk and are read once for each band.
+the first is kept. What a filter drops is no twin of anything. A training document that equals one of a stream for validation
+goes even where no duplicates are to be removed: a general set that is trained on measures nothing. (Within the other streams
+equal documents are held out together anyway, for their digest decides.) Memory: 40 bytes a document, one table of documents,
+and 200 MB; signatures stay on disk and are read once for each band.
 """
 
 from __future__ import annotations
@@ -77,8 +79,11 @@ def select(store: Path, data: Data) -> Selection:
     filters = [stream.filter for stream in data.streams]
     documents, keys = _read(store, names, filters, read_manifest(store, STORE_MANIFEST)[FILES])
     twin = np.full(len(documents.reason), -1, np.int64)
-    comparable = documents.comparable if data.duplicates.across == "stream" else _always
-    if data.duplicates.remove != "none":
+    comparable: Comparable = documents.comparable if data.duplicates.across == "stream" else _always
+    general = np.array([stream.use == "validation" for stream in data.streams])
+    if data.duplicates.remove != "none" or general.any():
+        if data.duplicates.remove == "none":
+            comparable = documents.leaking(general)
         twin = exact_twins(keys, documents.reason == KEPT, comparable)
         _give_reasons(documents, twin, np.flatnonzero(twin >= 0), DUPLICATE)
     del keys
@@ -148,6 +153,18 @@ class _Documents:
         first, second = self.section(a), self.section(b)
         same: Bool = first % streams == second % streams
         return same | ((first < streams) & (second >= streams))
+
+    def leaking(self, general: Bool) -> Comparable:
+        """Whether the earlier document is of a stream for validation, as ``general`` [streams] says, and the other is trained
+        on."""
+        streams = len(self.names)
+        watched = np.concatenate([general, np.zeros(streams, np.bool_)])
+
+        def leaks(a: Int64, b: Int64) -> Bool:
+            found: Bool = watched[self.section(a)] & (self.section(b) >= streams)
+            return found
+
+        return leaks
 
     def selection(self, twin: Int64) -> Selection:
         streams = len(self.names)

@@ -124,6 +124,8 @@ def store_choices(data: Data) -> JsonDict:
                 "name": stream.name,
                 "source": stream.source.model_dump(mode="json", exclude={"path", "include", "exclude"}),
                 **stream.model_dump(mode="json", include={"clean", "tag"}),
+                # Not asked before there were such streams: datasets from then keep their names.
+                **({"use": stream.use} if stream.use != "training" else {}),
                 "chat": stream.chat.model_dump(mode="json", exclude={"template"}),
             }
             for stream in data.streams
@@ -165,7 +167,7 @@ def write_store(
     renames it. Goes on after the last part that an earlier call finished.
 
     The same bytes whatever the mapper, the number of processes, and the interruptions. Raises ``DataError`` where a stream has
-    nothing to train on, or its source changed meanwhile.
+    nothing to train on (of ``use: validation``: to validate on), or its source changed meanwhile.
     """
     from outgrow.streaming.tokenise import tokenise_work  # heavy, and those who read a store never need it
 
@@ -188,8 +190,10 @@ def write_store(
         stream.write(iter(()), ())  # one whose source had no unit left is complete now
     for source in sources.values():
         source.check_unchanged()
-    for stream in streams:
-        if not stream.totals.documents["train"]:
+    for stream, given in zip(streams, data.streams, strict=True):
+        if given.use == "validation" and not stream.totals.documents["validation"]:
+            raise DataError(f"stream '{stream.name}' holds no document to validate on", hint="its files may be empty")
+        if given.use == "training" and not stream.totals.documents["train"]:
             raise DataError(
                 f"stream '{stream.name}' holds no document to train on",
                 hint="check that its files are not empty, and that data.validation_fraction leaves some",

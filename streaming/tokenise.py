@@ -83,7 +83,7 @@ class Tokenise:
                 if isinstance(made, Dropped):
                     dropped.append(made)
                 else:
-                    stored.append(self._stored(document, made))
+                    stored.append(self._stored(document, made, stream.stream))
         return make_block(
             stored,
             stream=number,
@@ -92,7 +92,7 @@ class Tokenise:
             cleaned=[(documents, changes) for documents, changes in changed.tolist()],
         )
 
-    def _stored(self, document: Document, made: Rendered) -> StoredDocument:
+    def _stored(self, document: Document, made: Rendered, stream: Stream) -> StoredDocument:
         digest = content_digest(document.content)
         texts = texts_of(document.content)
         joined = "\n".join(texts) if self._work.languages or self._work.signatures else ""
@@ -104,7 +104,8 @@ class Tokenise:
             borders=made.borders,
             source=document.source,
             meta=json.dumps(document.meta, sort_keys=True, ensure_ascii=False),
-            validation=held_out(side_digest(document.content, digest), self._work.validation_fraction),
+            validation=stream.use == "validation"
+            or held_out(side_digest(document.content, digest), self._work.validation_fraction),
             content=digest[:16],
             chars=sum(map(len, texts)),
             language=_language(joined) if self._work.languages else None,

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,15 @@ class Tool:
     command: str
     package: str
     purpose: str
+    header: bool = False
+    """Whether it is no command but what the compiler includes."""
+
+    def find(self) -> str | None:
+        """Where it lies; None where it is not here."""
+        if not self.header:
+            return shutil.which(self.command)
+        folders = [Path("/usr/include"), Path("/usr/local/include"), *map(Path, os.environ.get("CPATH", "").split(os.pathsep))]
+        return next((str(folder / self.command) for folder in folders if (folder / self.command).is_file()), None)
 
 
 TOOLS = (
@@ -25,8 +35,9 @@ TOOLS = (
     Tool("promtool", "prometheus", "tests of alert rules and metrics"),
     Tool("prometheus-alertmanager", "prometheus-alertmanager", "outgrow monitor; make test-monitoring"),
     Tool("chromium", "chromium", "make test-monitoring: the report in a browser"),
-    Tool("g++", "g++", "torch.compile on a CPU, and the DeepSpeed engine to come"),
-    Tool("ninja", "ninja-build", "the DeepSpeed engine to come"),
+    Tool("g++", "g++", "compile: blocks on a CPU; parallel.kind zero with offload to NVMe"),
+    Tool("ninja", "ninja-build", "parallel.kind zero with offload to NVMe"),
+    Tool("libaio.h", "libaio-dev", "parallel.kind zero with offload to NVMe", header=True),
 )
 
 
@@ -34,7 +45,7 @@ def need(*commands: str) -> None:
     """Skip the calling test, loudly, where a tool is absent; with REQUIRE_ALL=1 (CI) fail it instead."""
     import pytest
 
-    absent = [tool for tool in TOOLS if tool.command in commands and not shutil.which(tool.command)]
+    absent = [tool for tool in TOOLS if tool.command in commands and not tool.find()]
     if not absent:
         return
     text = f"needs {', '.join(f'{tool.command} (package {tool.package})' for tool in absent)}: run make system-deps"
@@ -46,7 +57,7 @@ def need(*commands: str) -> None:
 def main() -> int:
     absent = 0
     for tool in TOOLS:
-        path = shutil.which(tool.command)
+        path = tool.find()
         absent += path is None
         print(f"{'found  ' if path else 'MISSING'}  {tool.command:<24} {path or 'package ' + tool.package:<24} {tool.purpose}")
     if absent:

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,24 @@ from packed import Row, batch, corpus, global_weight
 from torch.distributed.tensor import DTensor
 
 from outgrow.contracts import Layout
+from outgrow.recipes.deepspeed import Folders, extensions_folder
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.adapter import Lora
+from outgrow.recipes.schema.site import Site
 from outgrow.torchvision import ensure_importable
 
 ensure_importable()
 
-from transformers import AutoConfig, PretrainedConfig  # noqa: E402
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel  # noqa: E402
 
+from outgrow.trainers.adapters.lora import adapt  # noqa: E402
+from outgrow.trainers.adapters.sources import AdaptedWeights  # noqa: E402
+from outgrow.trainers.bring_up import first_weights  # noqa: E402
+from outgrow.trainers.checkpoint.resume import gather_texts  # noqa: E402
 from outgrow.trainers.engines import Engine, make_engine, unmarked  # noqa: E402
 from outgrow.trainers.models.build import meta_model  # noqa: E402
 from outgrow.trainers.models.initialise import SeededWeights  # noqa: E402
-from outgrow.trainers.regions import Region  # noqa: E402
+from outgrow.trainers.regions import FlatPart, Held, Region, TensorSource, local_parts  # noqa: E402
 from outgrow.trainers.schedule import learning_rate  # noqa: E402
 
 STEPS, ROWS, LENGTH, VOCAB, SEED = 20, 8, 24, 97, 7
@@ -60,6 +67,12 @@ _FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 
+TORCH_WARNS_ITSELF = (
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
+)
+"""What torch's compiler says of torch's own code."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -71,6 +84,14 @@ class Case:
     micro_rows: int = 8
     precision: str = "fp64"
     family: str = "llama"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Keys of the family's configuration that differ."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """The recipe's adapter; none where it is empty."""
+    base: str = ""
+    """The folder of the first weights; they are drawn where it is empty."""
+    nvme: str = ""
+    """The folder that offload to disk may write below."""
     settings: dict[str, Any] = field(default_factory=dict)
     """More keys of the recipe."""
 
@@ -91,15 +112,25 @@ class Case:
             accumulation=-(-rows_a_rank // micro_rows),
         )
 
+    def site(self) -> Site:
+        """A site on which the folder ``base`` is known, and what is made of it lies beside it."""
+        base = Path(self.base)
+        return Site.model_validate({"sources": {"base": str(base)}, "cache": str(base.parent)} if self.base else {})
+
+    def folders(self) -> Folders:
+        """DeepSpeed's: what it compiles is kept from one test run to the next."""
+        return Folders(extensions_folder(Path("~/.cache/outgrow").expanduser()), Path(self.nvme) if self.nvme else None)
+
     def config(self) -> PretrainedConfig:
-        return AutoConfig.for_model(self.family, **_SIZES, **_FAMILY_SIZES[self.family])
+        return AutoConfig.for_model(self.family, **{**_SIZES, **_FAMILY_SIZES[self.family], **self.sizes})
 
     def recipe(self) -> Recipe:
         return Recipe.model_validate(
             {
                 "schema": 1,
                 "run": {"name": "case", "seed": SEED},
-                "model": {"kind": "architecture", "family": self.family},
+                "model": {"kind": "folder", "path": "base"} if self.base else {"kind": "architecture", "family": self.family},
+                "adapter": self.adapter or {"kind": "none"},
                 "data": {
                     "sequence_length": LENGTH,
                     "tokenizer": {"kind": "folder", "path": "none"},
@@ -124,26 +155,67 @@ class Outcome:
     validation: float
     born: str
     trained: str
+    readers: list[int]
+    """Ranks that read some of the first weights, and did not have all from another."""
 
 
 def train(case: Case, rank: int = 0) -> Outcome:
     """Run a case on this rank; every rank of its world calls it."""
-    engine = born_engine(case)
+    read: list[str] = []
+    engine = born_engine(case, read)
     born = parameters_digest(engine)
     losses, norms = [], []
     for loss, norm in trained_steps(engine, case, rank, rows_of_steps()):
         losses.append(loss)
         norms.append(norm)
     return Outcome(
-        losses=losses, norms=norms, validation=validation_loss(engine, case, rank), born=born, trained=parameters_digest(engine)
+        losses=losses,
+        norms=norms,
+        validation=validation_loss(engine, case, rank),
+        born=born,
+        trained=parameters_digest(engine),
+        readers=[number for number, names in enumerate(gather_texts(" ".join(read))) if names],
     )
 
 
-def born_engine(case: Case) -> Engine:
-    config, recipe = case.config(), case.recipe()
-    engine = make_engine(case.layout(), recipe, meta_model(config, recipe.precision), torch.device("cpu"))
-    engine.load_model(SeededWeights(config, SEED))
+def born_engine(case: Case, read: list[str] | None = None) -> Engine:
+    """The case's engine with its first weights, as ``trainers.bring_up`` makes it; ``read`` gets the names that were read."""
+    recipe, device = case.recipe(), torch.device("cpu")
+    model = born_model(case)
+    engine = make_engine(case.layout(), recipe, model, device, case.folders())
+    weights = first_weights(recipe, case.site(), case.config(), model, device)
+    engine.load_model(weights if read is None else Watched(weights, read))
+    if isinstance(recipe.adapter, Lora) and recipe.adapter.base == "nf4":
+        from outgrow.trainers.adapters.nf4 import attach_quant_states
+
+        assert isinstance(weights, AdaptedWeights)
+        attach_quant_states(model, weights.base, device)
     return engine
+
+
+class Watched:
+    """A ``TensorSource`` that writes down which names are read."""
+
+    def __init__(self, source: TensorSource, read: list[str]) -> None:
+        self._source, self._read = source, read
+
+    def names(self) -> Collection[str]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def read(self, name: str, region: Region) -> torch.Tensor:
+        self._read.append(name)
+        return self._source.read(name, region)
+
+
+def born_model(case: Case) -> PreTrainedModel:
+    """The case's model on meta, adapter and all."""
+    recipe = case.recipe()
+    model = meta_model(case.config(), recipe.precision)
+    adapt(model, recipe)
+    return model
 
 
 def rows_of_steps() -> list[list[Row]]:
@@ -174,13 +246,25 @@ def validation_loss(engine: Engine, case: Case, rank: int) -> float:
 
 
 def parameters_digest(engine: Engine) -> str:
-    """sha256 over all whole parameters in the order of their names; a collective where the engine shards."""
+    """sha256 over all whole trained parameters in the order of their names; a collective where the engine shards."""
     digest = hashlib.sha256()
     for name, tensor in sorted(engine.tensors().items()):
         if name.startswith("model/"):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digest.update(whole.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(tensor).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def whole(held: Held) -> torch.Tensor:
+    """The full tensor; a collective where it is cut."""
+    if isinstance(held, DTensor):
+        return held.full_tensor()
+    if not isinstance(held, FlatPart):
+        return held
+    full = torch.zeros(held.shape, dtype=held.dtype)
+    for part, region in local_parts(held):
+        full[region.slices] = part
+    dist.all_reduce(full)
+    return full
 
 
 def born_weights(case: Case) -> dict[str, torch.Tensor]:
@@ -194,8 +278,9 @@ def on_ranks(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
     (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
     world = max(case.world for case in cases.values())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    warnings = [argument for rule in ("error", *TORCH_WARNS_ITSELF) for argument in ("-W", rule)]
     ranks = [
-        subprocess.Popen([sys.executable, "-W", "error", __file__, str(rank), str(folder)], env=environment)
+        subprocess.Popen([sys.executable, *warnings, __file__, str(rank), str(folder)], env=environment)
         for rank in range(world)
     ]
     try:

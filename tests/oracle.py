@@ -8,19 +8,27 @@ import torch
 import transformers
 
 
-def train(config, weights, steps, *, rates, dtype, betas, eps, weight_decay, clip_norm):
+def train(config, weights, steps, *, dtype, **settings):
     """Losses and gradient norms (before clipping) of every step, as two lists of floats, and the trained model.
 
-    config   a transformers configuration; weights {parameter name: tensor}
-    steps    for each step a list of documents (token_ids int64 [n], targets int64 [n], weights float [n])
-    rates    the learning rate of each step
+    config   a transformers configuration; weights {parameter name: tensor}; settings as in ``train_model``
     """
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     model.load_state_dict(weights, strict=False)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return *train_model(model, steps, **settings), model
+
+
+def train_model(model, steps, *, rates, betas, eps, weight_decay, clip_norm):
+    """Losses and gradient norms of every step of a model whose parameters are trained unless they are frozen.
+
+    steps    for each step a list of documents (token_ids int64 [n], targets int64 [n], weights float [n])
+    rates    the learning rate of each step
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps, foreach=False)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, foreach=False)
     losses, norms = [], []
     for documents, rate in zip(steps, rates, strict=True):
         total = sum(float(w.double().sum()) for _, _, w in documents)
@@ -32,11 +40,11 @@ def train(config, weights, steps, *, rates, dtype, betas, eps, weight_decay, cli
             loss = -(log_probs * w[counted]).sum() / total
             loss.backward()
             loss_of_step += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip_norm if clip_norm else float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss_of_step)
         norms.append(norm.item())
-    return losses, norms, model
+    return losses, norms

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from outgrow.recipes.schema.training import Precision
+from outgrow.trainers.models.custom import is_custom, looked_up
 from outgrow.trainers.models.experts import mixtures
+from outgrow.trainers.models.families import blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,46 +51,84 @@ _LONG_ENOUGH_S = 0.004
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What decides a model's operations: ``used`` are the parameters that a token is multiplied with, ``attention`` is layers x
-    width of attention."""
+    """What decides a model's operations. ``parameters`` are all there are, ``used`` those that a token is multiplied with, and
+    ``attention`` is layers x width of attention.
+
+    Of ``used``, ``reached`` are those that the gradient passes on its way to the first that is trained, and ``trained`` those
+    that have a gradient themselves; ``reached_attention`` is the part of ``attention`` that it passes. Where all of a model is
+    trained, each is the whole.
+    """
 
     parameters: int
     used: float
     attention: int
+    reached: float
+    trained: float
+    reached_attention: int
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Floating-point operations of forward and backward: 6 N + 12 x layers x width x sequence length.
+        """Floating-point operations of forward and backward: 6 N + 12 x layers x width x sequence length where all is trained.
 
         Chowdhery et al. 2022 (PaLM), appendix B: no recomputed activations, and attention as if every token saw every other of
-        its row.
+        its row. Of the 6, 2 are the forward pass, 2 the gradient of what went in, 2 that of the weights: a frozen one has 4.
         """
-        return 6 * self.used + 12.0 * self.attention * sequence_length
+        weights = 2 * self.used + 2 * self.reached + 2 * self.trained
+        return weights + (4.0 * self.attention + 8.0 * self.reached_attention) * sequence_length
 
 
 def arithmetic_of(model: PreTrainedModel) -> Arithmetic:
     """The arithmetic of a whole model, before an engine shards it.
 
     Used are all parameters but the input embedding where the output has a matrix of its own; and of a mixture's experts as many
-    as are chosen for a token.
+    as are chosen for a token. A weight that is packed in 4 bits counts as the numbers that it stands for.
     """
     config = model.config
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    used = float(parameters)
+    counts = _counts(model)
+    parameters = sum(counts.values())
+    if is_custom(config):  # no adapter stands beside one
+        used, attention = float(parameters - looked_up(model)), config.num_hidden_layers * config.attention_width
+        return Arithmetic(parameters, used, attention, reached=used, trained=used, reached_attention=attention)
     if not config.tie_word_embeddings:
-        used -= model.get_input_embeddings().weight.numel()  # type: ignore[operator]
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if experts:
-        idle_share = 1 - config.num_experts_per_tok / experts
-        used -= idle_share * sum(_experts(module) for module in mixtures(model))
+        counts[model.get_input_embeddings().weight] = 0  # type: ignore[index]
+    below = _below_the_first_trained(model)
+    unreached = {parameter for block in below for parameter in block.parameters()}
     heads: int = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return Arithmetic(parameters, used, config.num_hidden_layers * width)
+    return Arithmetic(
+        parameters,
+        used=_multiplied(model, counts),
+        attention=config.num_hidden_layers * width,
+        reached=_multiplied(model, {p: count for p, count in counts.items() if p not in unreached}),
+        trained=_multiplied(model, {p: count for p, count in counts.items() if p.requires_grad}),
+        reached_attention=(config.num_hidden_layers - len(below)) * width,
+    )
 
 
-def _experts(mixture: nn.Module) -> int:
-    """Parameters of all experts of a mixture."""
-    experts: nn.Module = mixture.experts  # type: ignore[assignment]
-    return sum(parameter.numel() for parameter in experts.parameters())
+def _counts(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many numbers each parameter stands for; tied ones once."""
+    counts = {parameter: parameter.numel() for parameter in model.parameters()}
+    for module in model.modules():
+        if hasattr(module, "in_features") and (weight := module._parameters.get("weight")) is not None:
+            counts[weight] = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+    return counts
+
+
+def _multiplied(model: PreTrainedModel, counts: Mapping[nn.Parameter, int]) -> float:
+    """With how many of the numbers of ``counts`` a token is multiplied: of experts, with those of the chosen ones."""
+    config = model.config
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not experts:
+        return float(sum(counts.values()))
+    routed = [p for mixture in mixtures(model) for p in mixture.experts.parameters()]  # type: ignore[union-attr]
+    idle_share: float = 1 - config.num_experts_per_tok / experts
+    return sum(counts.values()) - idle_share * sum(counts.get(parameter, 0) for parameter in routed)
+
+
+def _below_the_first_trained(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that no gradient comes to: nothing in them nor before them is trained."""
+    if model.get_input_embeddings().weight.requires_grad:
+        return []
+    return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), blocks(model)))
 
 
 def vendor_flops(device_name: str, precision: Precision) -> float | None:

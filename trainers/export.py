@@ -7,9 +7,10 @@ ranks that trained it. The folder is written aside, made durable and renamed: it
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -20,6 +21,8 @@ from outgrow.contracts import ExportManifest
 from outgrow.errors import ModelError, PlanError
 from outgrow.storage import Storage, nearest_folder, sync_folder, sync_tree, tree_digests, verify_tree
 from outgrow.trainers.models.build import meta_model
+from outgrow.trainers.models.custom import PREFIX as CUSTOM_PREFIX
+from outgrow.trainers.models.custom import is_custom
 from outgrow.trainers.models.weights import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, read_manifest
 from outgrow.trainers.regions import Region, TensorSource
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 ExportDtype: TypeAlias = Literal["fp32", "bf16"]
 DTYPES: Mapping[ExportDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 2_000_000_000
+CUSTOM_FILE = "model.json"
 
 
 def export(
@@ -42,6 +46,7 @@ def export(
     step: int,
     checkpoint_digest: str,
     prefix: str = "model/",
+    kind: str = "model",
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportManifest:
     """The manifest of ``out``, which holds the parameters ``<prefix><name>`` of ``source`` and loads in transformers.
@@ -50,27 +55,36 @@ def export(
     ``ModelError`` where ``out`` holds anything else or ``source`` is not of this model, ``PlanError`` where the disk has
     no room.
     """
+    wanted = ExportManifest(
+        run=run, step=step, checkpoint_digest=checkpoint_digest, dtype=dtype, parameters=0, files={}, kind=kind
+    )
     if out.exists():
-        return _existing(out, dtype=dtype, run=run, step=step, checkpoint_digest=checkpoint_digest)
+        return existing(out, wanted)
     model = meta_model(config, "fp32")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     _check_source(source, prefix, shapes)
     sizes = {name: Region((), shape).numel * DTYPES[dtype].itemsize for name, shape in shapes.items()}
-    _check_room(out, sum(sizes.values()))
+
+    def write(folder: Path) -> None:
+        _write_weights(folder, source, prefix, plan_shards(sizes, shard_bytes), sizes, DTYPES[dtype])
+        _write_config(folder, config, type(model).__name__, DTYPES[dtype])
+        copy_tokenizer(tokenizer, folder)
+
+    parameters = sum(Region((), shape).numel for shape in shapes.values())
+    return write_folder(out, write, sum(sizes.values()), dataclasses.replace(wanted, parameters=parameters))
+
+
+def write_folder(out: Path, write: Callable[[Path], None], num_bytes: int, manifest: ExportManifest) -> ExportManifest:
+    """``manifest`` with the digests of what ``write`` has put into ``out``, which is there whole, with its manifest, or not.
+
+    Raises ``PlanError`` where the disk has no room for ``num_bytes``.
+    """
+    _check_room(out, num_bytes)
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     aside.mkdir(parents=True)
     try:
-        _write_weights(aside, source, prefix, plan_shards(sizes, shard_bytes), sizes, DTYPES[dtype])
-        _write_config(aside, config, type(model).__name__, DTYPES[dtype])
-        _copy_tokenizer(tokenizer, aside)
-        manifest = ExportManifest(
-            run=run,
-            step=step,
-            checkpoint_digest=checkpoint_digest,
-            dtype=dtype,
-            parameters=sum(Region((), shape).numel for shape in shapes.values()),
-            files=tree_digests(aside),
-        )
+        write(aside)
+        manifest = dataclasses.replace(manifest, files=tree_digests(aside))
         Storage(str(aside)).write_json(MANIFEST_FILE, manifest.to_dict())
         sync_tree(aside)
         os.rename(aside, out)
@@ -93,10 +107,10 @@ def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _existing(out: Path, *, dtype: str, run: str, step: int, checkpoint_digest: str) -> ExportManifest:
+def existing(out: Path, wanted: ExportManifest) -> ExportManifest:
+    """The manifest of ``out`` where it is the export ``wanted``, whole. Raises ``ModelError`` where it is anything else."""
     manifest = read_manifest(out) if out.is_dir() else None
-    wanted = (dtype, run, step, checkpoint_digest)
-    if manifest is None or (manifest.dtype, manifest.run, manifest.step, manifest.checkpoint_digest) != wanted:
+    if manifest is None or dataclasses.replace(manifest, parameters=wanted.parameters, files=wanted.files) != wanted:
         raise ModelError("there is something else here already", where=str(out), hint="choose another folder")
     verify_tree(out, manifest.files)
     return manifest
@@ -136,8 +150,9 @@ def _write_weights(
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _whole(source, prefix + name).to(dtype) for name in names}, folder / file, metadata={"format": "pt"})
-        files.update(dict.fromkeys(names, file))
+        tensors = {name.removeprefix(CUSTOM_PREFIX): _whole(source, prefix + name).to(dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         Storage(str(folder)).write_json(INDEX_FILE, index)
@@ -149,7 +164,13 @@ def _whole(source: TensorSource, name: str) -> torch.Tensor:
 
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dtype: torch.dtype) -> None:
-    """``config.json`` and ``generation_config.json``; the cache, off in training, is on again."""
+    """``config.json`` and ``generation_config.json``; the cache, off in training, is on again.
+
+    A custom model has none of the two: ``model.json`` names its factory, as the recipe does.
+    """
+    if is_custom(config):
+        Storage(str(folder)).write_json(CUSTOM_FILE, {**config.outgrow_model, "vocab_size": config.vocab_size})
+        return
     from transformers import GenerationConfig
 
     written = copy.deepcopy(config)
@@ -161,7 +182,8 @@ def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dty
     GenerationConfig.from_model_config(written).save_pretrained(folder)
 
 
-def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Put the files of ``tokenizer`` into ``folder``. Raises ``ModelError`` for what is no tokenizer's."""
     if not (tokenizer / "tokenizer.json").is_file():
         raise ModelError("no tokenizer.json here", where=str(tokenizer))
     for path in sorted(tokenizer.iterdir()):

@@ -15,9 +15,9 @@ from outgrow.contracts import IGNORE_INDEX
 def weighted_nll(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The sum of ``weights * nll`` in nats: a scalar, float32 (float64 where the logits are).
 
-    ``logits`` [n, L, vocabulary] of any floating type are raised to float32 first, as a bfloat16 softmax loses the small
-    probabilities. ``targets`` int64 [n, L]; those that are ``IGNORE_INDEX`` count nothing. ``weights`` float32 [n, L].
+    ``logits`` [..., vocabulary] of any floating type are raised to float32 first, as a bfloat16 softmax loses the small
+    probabilities. ``targets`` int64 [...]; those that are ``IGNORE_INDEX`` count nothing. ``weights`` float32 [...].
     """
     exact = logits if logits.dtype == torch.float64 else logits.float()
-    nll = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    nll = F.cross_entropy(exact.flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return (nll * weights.flatten()).sum()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from outgrow.contracts import JsonDict, StepRows, WorkerResult
+from outgrow.contracts import BestCheckpoint, JsonDict, StepRows, WorkerResult
 from outgrow.trainers.checkpoint.retention import VALIDATION_LOSS
+from outgrow.trainers.guard import GuardState
+from outgrow.trainers.validation import ValidationLoss
 
 
 class Progress:
@@ -15,6 +17,10 @@ class Progress:
     def __init__(self, step: int = 0, metrics: Mapping[str, float | None] | None = None) -> None:
         """From the start, or from a checkpoint's step and metrics."""
         saved = metrics or {}
+        self.is_new = metrics is None
+        self.guard = GuardState.of(saved)
+        self.ended = ""
+        """Why the run ended before its last step."""
         self.step = step
         self.epoch = 0
         self.tokens = int(saved.get("tokens") or 0)
@@ -34,17 +40,19 @@ class Progress:
         self.epoch = rows.epoch
         self.tokens += rows.tokens
 
-    def metrics(self, validation_loss: float | None) -> JsonDict:
-        """What a checkpoint keeps; ``validation_loss`` is of this very step or None, as checkpoints are compared by it."""
+    def metrics(self, measured: ValidationLoss | None) -> JsonDict:
+        """What a checkpoint keeps; ``measured`` is of this very step or None, as checkpoints are compared by it."""
         return {
             "tokens": float(self.tokens),
             "train_loss": self.train_loss,
-            VALIDATION_LOSS: validation_loss,
+            VALIDATION_LOSS: None,
+            **(measured.metrics() if measured else {}),
+            **self.guard.metrics(),
             "seconds": self.seconds,
         }
 
-    def result(self, checkpoint: str) -> WorkerResult:
-        """The end of the run, whose last step is in the folder ``checkpoint``."""
+    def result(self, checkpoint: str, best: BestCheckpoint | None) -> WorkerResult:
+        """The end of the run, whose last step is in the folder ``checkpoint``; ``best`` is its best one."""
         assert self.train_loss is not None
         return WorkerResult(
             step=self.step,
@@ -53,4 +61,6 @@ class Progress:
             validation_loss=self.validation_loss,
             checkpoint=checkpoint,
             seconds=self.seconds,
+            ended=self.ended,
+            best=best,
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from outgrow.contracts import Context, StepRecord
+from outgrow.contracts import Context, EventKind, StepRecord
 from outgrow.monitoring.events import EventLog
 from outgrow.monitoring.trackers import OpenTracker, Tracking
 from outgrow.storage import Storage
@@ -43,7 +43,7 @@ class Records:
         """Records that ``events.jsonl`` could not take."""
         return self._log.dropped if self._log is not None else 0
 
-    def say(self, kind: Literal["start", "step", "validation", "checkpoint", "end"], progress: Progress, **values: Any) -> None:
+    def say(self, kind: EventKind, progress: Progress, **values: Any) -> None:
         """One record; ``values`` are the fields of ``StepRecord`` that belong to its kind. Nobody may change them later."""
         if self._log is None:
             return

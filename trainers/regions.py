@@ -7,9 +7,10 @@ loop fills a model of any layout, and no rank holds more than one whole tensor a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
+from typing import Protocol, TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,10 +28,7 @@ class Region:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -59,6 +57,77 @@ class TensorSource(Protocol):
         """The values of ``region``, shape ``region.shape``, on the CPU, in the source's own dtype."""
 
 
+@dataclass(frozen=True)
+class FlatPart:
+    """A run of the elements of a full tensor in row-major order, as ZeRO cuts tensors: ``length`` of them from ``start`` on.
+
+    ``shape`` and ``dtype`` are those of the full tensor. ``values`` gives the run as a view of one dimension: writing to it
+    writes to the state. The state may lie on a disk; then the view holds until the values of another part are asked for.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    start: int
+    length: int
+    values: Callable[[], torch.Tensor]
+
+
+Held: TypeAlias = torch.Tensor | FlatPart
+"""What a rank holds of a full tensor: a plain tensor whole, of a DTensor a box, of a ``FlatPart`` a run."""
+
+
+def run_boxes(shape: tuple[int, ...], start: int, length: int) -> Iterator[Region]:
+    """The fewest boxes that cover elements ``start`` to ``start + length`` of a tensor of ``shape``, in their order.
+
+    Of a vector it is one, of a matrix at most three: the rest of a row, whole rows, the begin of a row.
+    """
+    if length <= 0:
+        return
+    if not shape:
+        yield Region((), ())
+        return
+    row = prod(shape[1:])
+    stop = start + length
+    first = -(-start // row) if len(shape) > 1 else start
+    last = stop // row if len(shape) > 1 else stop
+    if start < min(first * row, stop):
+        # `min`: the run may begin and end within one row.
+        yield from _in_row(shape, start // row, start % row, min(first * row, stop) - start)
+    if first < last:
+        yield Region((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    if first <= last and last * row < stop:
+        yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, length: int) -> Iterator[Region]:
+    for box in run_boxes(shape[1:], start, length):
+        yield Region((row, *box.offset), (1, *box.shape))
+
+
+def local_regions(held: Held) -> list[Region]:
+    """The boxes of the full tensor that this rank holds, none of them empty; reads no value."""
+    if isinstance(held, FlatPart):
+        return list(run_boxes(held.shape, held.start, held.length))
+    _, region = local_part(held)
+    return [region] if region.numel else []
+
+
+def local_parts(held: Held) -> list[tuple[torch.Tensor, Region]]:
+    """A view of what this rank holds for each of ``local_regions``, in their order."""
+    if not isinstance(held, FlatPart):
+        part, region = local_part(held)
+        return [(part, region)] if region.numel else []
+    regions = local_regions(held)
+    if not regions:
+        return []
+    run, parts = held.values(), []
+    for region in regions:
+        parts.append((run[: region.numel].view(region.shape), region))
+        run = run[region.numel :]
+    return parts
+
+
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     """What this rank holds of a tensor (a view, not a copy), and which box of the full tensor that is.
 
@@ -70,14 +139,13 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     return tensor, Region((0,) * tensor.dim(), tuple(tensor.shape))
 
 
-def fill(tensor: torch.Tensor, name: str, source: TensorSource) -> None:
-    """Copy this rank's part of ``name`` from ``source`` into ``tensor``, cast to its dtype and moved to its device.
+def fill(held: Held, name: str, source: TensorSource) -> None:
+    """Copy this rank's part of ``name`` from ``source`` into ``held``, cast to its dtype and moved to its device.
 
     Raises ``ModelError`` where the source has it at another full shape: a part of it would fit without being right.
     """
-    if source.shape(name) != tuple(tensor.shape):
-        raise ModelError(f"{name} has shape {source.shape(name)}; the model needs {tuple(tensor.shape)}")
-    part, region = local_part(tensor)
-    if region.numel:
-        with torch.no_grad():
+    if source.shape(name) != tuple(held.shape):
+        raise ModelError(f"{name} has shape {source.shape(name)}; the model needs {tuple(held.shape)}")
+    with torch.no_grad():
+        for part, region in local_parts(held):
             part.copy_(source.read(name, region))

@@ -98,14 +98,26 @@ class Telemetry:
         return vars(speed) | {"detail": detail | self._shards()}
 
     @contextmanager
+    def before_steps(self, kind: Wall, phase: Phase) -> Iterator[None]:
+        """What runs within comes before the first step."""
+        with self._timed(kind, phase):
+            yield
+        self._recorder.enter("init")
+
+    @contextmanager
     def between_steps(self, kind: Wall, phase: Phase) -> Iterator[None]:
         """What runs within is no part of a step: a validation, the copy of a checkpoint."""
         with self._pace.paused():
-            self._recorder.enter(kind)
-            start = time.perf_counter()
-            yield
-            self._recorder.add_phase(phase, time.perf_counter() - start)
+            with self._timed(kind, phase):
+                yield
             self._recorder.enter_steps()
+
+    @contextmanager
+    def _timed(self, kind: Wall, phase: Phase) -> Iterator[None]:
+        self._recorder.enter(kind)
+        start = time.perf_counter()
+        yield
+        self._recorder.add_phase(phase, time.perf_counter() - start)
 
     def saved(self, result: SaveResult) -> None:
         """Tell what came of a checkpoint. Rank 0 alone knows."""

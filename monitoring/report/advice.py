@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from outgrow.html_page import short
 from outgrow.monitoring.recording.slots import PHASES
 from outgrow.monitoring.report.comparison import lowest_validation
-from outgrow.monitoring.report.facts import RunFacts
+from outgrow.monitoring.report.facts import RunFacts, numbers
 
 GOOD_GOODPUT = 0.9
 _MOST_DATA_WAIT = 0.05
@@ -36,7 +36,8 @@ class Advice:
 
 def advice(run: RunFacts) -> list[Advice]:
     """The most costly first, as far as costs can be told."""
-    return [*_goodput(run), *_data_wait(run), *_checkpoints(run), *_validation(run), *_nonfinite(run)]
+    costs = (*_goodput(run), *_data_wait(run), *_checkpoints(run))
+    return [*costs, *_guard(run), *_validation(run), *_forgotten(run), *_nonfinite(run)]
 
 
 def _goodput(run: RunFacts) -> Iterator[Advice]:
@@ -85,8 +86,37 @@ def _validation(run: RunFacts) -> Iterator[Advice]:
     at = next(own.step for own in run.validations if own.loss == lowest)
     yield Advice(
         says=f"the validation loss has risen from {lowest:.4f} at step {at:,} to {last:.4f}",
-        do="export the best checkpoint (checkpoint.keep_best keeps it), train shorter, or on more data",
+        do="export the best checkpoint (outgrow export --best), train shorter, or on more data",
     )
+
+
+def _guard(run: RunFacts) -> Iterator[Advice]:
+    """What the run itself has done about a loss that rose."""
+    for back in run.roll_backs:
+        given = numbers(back.detail)
+        yield Advice(
+            says=f"the run went back from step {given.get('from_step', 0):,.0f} to {back.step:,}: {back.detail.get('why', '')}",
+            do=f"nothing: it went on at {given.get('rate', 1):g} of the learning rate; lower it from the start next time",
+        )
+    if run.last is not None and run.last.kind == "end" and (why := run.last.detail.get("ended")):
+        yield Advice(
+            says=f"the run ended early, at step {run.last.step:,}: {why}",
+            do="export the best checkpoint (outgrow export --best), or change validation.on_rise and run it again",
+        )
+
+
+def _forgotten(run: RunFacts) -> Iterator[Advice]:
+    """General sets, which are measured and not trained on, that the model has become worse at."""
+    streams = run.stored.recipe.get("data", {}).get("streams", ())
+    for name in [stream["name"] for stream in streams if stream.get("use") == "validation"]:
+        measured = [numbers(own.detail.get("streams")).get(name) for own in run.validations]
+        known = [loss for loss in measured if loss is not None]
+        if known and known[-1] > (1 + _RISE) * known[0]:
+            yield Advice(
+                says=f"the model is losing '{name}', which it is not trained on: a loss of {known[0]:.4f} at first, "
+                f"{known[-1]:.4f} now",
+                do="mix such text into the training (a stream with a share), lower the learning rate, or train an adapter",
+            )
 
 
 def _nonfinite(run: RunFacts) -> Iterator[Advice]:

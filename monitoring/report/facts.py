@@ -86,13 +86,14 @@ class Account:
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """All that a report shows of one run. ``steps`` and ``validations`` are records in the order of their steps, without those
-    that were undone; ``phases`` and ``traffic`` are what was counted between logged steps. ``accounts`` are in the order of
-    time. ``undone_records`` counts the logged steps that are left out."""
+    that were undone; ``roll_backs`` are the times that the run itself went back; ``phases`` and ``traffic`` are what was
+    counted between logged steps. ``accounts`` are in the order of time. ``undone_records`` counts the logged steps left out."""
 
     stored: StoredFacts
     starts: tuple[Start, ...]
     steps: tuple[StepRecord, ...]
     validations: tuple[StepRecord, ...]
+    roll_backs: tuple[StepRecord, ...]
     saves: tuple[Save, ...]
     last: StepRecord | None
     undone_records: int
@@ -143,6 +144,7 @@ def collect(storage: Storage, stored: StoredFacts) -> RunFacts:
         starts=tuple(gathered.starts),
         steps=tuple(gathered.steps),
         validations=tuple(gathered.validations),
+        roll_backs=tuple(gathered.roll_backs),
         saves=tuple(gathered.saves),
         last=gathered.last,
         undone_records=gathered.undone,
@@ -194,6 +196,7 @@ class _Gathered:
     starts: list[Start] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     validations: list[StepRecord] = field(default_factory=list)
+    roll_backs: list[StepRecord] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     last: StepRecord | None = None
     undone: int = 0
@@ -217,6 +220,11 @@ class _Gathered:
         elif record.kind == "validation":
             _drop_beyond(self.validations, record.step - 1)
             self.validations.append(record)
+        elif record.kind == "roll_back":
+            self.undone += _drop_beyond(self.steps, record.step)
+            _drop_beyond(self.validations, record.step)
+            self.roll_backs.append(record)
+            self.furthest = record.step  # what lies beyond was given up, not lost
         elif record.kind == "checkpoint":
             self.saves.append(_save(record))
         self.furthest = max(self.furthest, record.step)

@@ -37,7 +37,8 @@ Tokenizer = Annotated[TrainTokenizer | FolderTokenizer, Field(discriminator="kin
 class Duplicates(Section):
     """Which documents are left out for being like another; each is counted, and listed with the one that it is like.
 
-    The first in the order of streams and sources is kept. A training document that is like a held-out one is left out too.
+    The first in the order of streams and sources is kept. A training document that is like a held-out one is left out too; one
+    that equals a document of a stream for validation (``use``) is left out whatever is asked for here.
     """
 
     remove: Literal["none", "exact", "near"] = "none"
@@ -98,10 +99,17 @@ class Data(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 yield f"streams[{index}].name", f"'{name}' is given twice; each stream needs a name of its own"
-        if self.stages:
+        if not self.trained:
+            yield "streams[0].use", "no stream is left to train on; allowed: validation beside at least one of training"
+        elif self.stages:
             yield from self._stage_rules(names)
         else:
             yield from self._share_rules()
+
+    @property
+    def trained(self) -> tuple[Stream, ...]:
+        """The streams that are trained on, in their order; those of ``use: validation`` are not among them."""
+        return tuple(stream for stream in self.streams if stream.use == "training")
 
     @property
     def sequence_lengths(self) -> tuple[int, ...]:
@@ -124,11 +132,13 @@ class Data(Section):
             for name in stage.shares:
                 if name not in names:
                     yield f"stages[{index}].shares.{name}", f"there is no stream '{name}'; streams: {', '.join(names)}"
+                elif name not in {stream.name for stream in self.trained}:
+                    yield f"stages[{index}].shares.{name}", f"'{name}' is for validation (use), not trained on; remove it"
 
     def _share_rules(self) -> Iterator[tuple[str, str]]:
         shares = [(index, stream.share) for index, stream in enumerate(self.streams) if stream.share is not None]
         total = sum(share for _, share in shares)
-        if len(shares) == len(self.streams):
+        if len(shares) == len(self.trained):
             if abs(total - 1) > _SHARES_SUM_TO_ONE_WITHIN:
                 yield "streams[0].share", f"all streams have a share, and they add up to {total:.6g}; allowed: 1"
         elif total > 1 - _SHARES_SUM_TO_ONE_WITHIN:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from outgrow.recipes.schema.deepspeed_keys import decided_keys
 from outgrow.recipes.schema.section import Section
 
 
@@ -61,6 +62,8 @@ class Zero(Section):
             yield "offload_optimizer", "its states are larger than the parameters that are on disk; set nvme here too"
         if self.stage != 3 and self.offload_optimizer == "nvme":
             yield "offload_optimizer", f"stage {self.stage} offloads to cpu alone; set stage: 3, or cpu here"
+        for key, instead in decided_keys(self.deepspeed):
+            yield "deepspeed", f"{key} is decided by the recipe; set {instead}"
 
 
 Parallel = Annotated[AutoParallel | Ddp | Fsdp2 | Zero, Field(discriminator="kind")]

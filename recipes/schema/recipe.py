@@ -73,6 +73,39 @@ class Recipe(Section):
             yield "duration.epochs", "a run in stages has no epochs; give duration.tokens or duration.steps"
         if isinstance(self.model, ArchitectureModel) and "vocab_size" in self.model.config:
             yield "model.config.vocab_size", "remove it; the vocabulary size comes from data.tokenizer"
+        yield from self._metric_rules()
+
+    def _metric_rules(self) -> Iterator[tuple[str, str]]:
+        guard, best_by = self.validation.on_rise, self.checkpoint.best_by
+        named = {"checkpoint.best_by": best_by}
+        if not isinstance(guard, training.NoGuard):
+            named["validation.on_rise.metric"] = guard.metric
+        streams = [stream.name for stream in self.data.streams]
+        for key, name in named.items():
+            if name == training.TOTAL and name in streams:
+                yield key, f"'{name}' is the loss over all streams that are trained on; give the stream another name"
+            elif name not in (training.TOTAL, *streams):
+                yield key, f"there is no stream '{name}'; allowed: {', '.join([training.TOTAL, *streams])}"
+        if not isinstance(guard, training.RollBackOnRise):
+            return
+        if best_by != guard.metric:
+            yield (
+                "checkpoint.best_by",
+                (
+                    f"validation.on_rise goes back to the best checkpoint by {guard.metric}, and those by {best_by} are kept; "
+                    f"set it to {guard.metric}"
+                ),
+            )
+        if not self.checkpoint.keep_best:
+            yield "checkpoint.keep_best", "validation.on_rise goes back to the best checkpoint, and none is kept; set it to 1"
+        if self.validation.every_steps % self.checkpoint.every_steps:
+            yield (
+                "validation.every_steps",
+                (
+                    f"{self.validation.every_steps} is no multiple of checkpoint.every_steps ({self.checkpoint.every_steps}), "
+                    "so the lowest loss may have no checkpoint that validation.on_rise could go back to; make it one"
+                ),
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, every default filled in."""

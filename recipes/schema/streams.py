@@ -147,6 +147,9 @@ class Stream(Section):
     """Lower-case letters, digits, ``-`` and ``_``."""
     source: Source
     """Where its documents come from."""
+    use: Literal["training", "validation"] = "training"
+    """``validation``: none of its documents is trained on, and its loss is reported by itself: a general set that shows what is
+    forgotten meanwhile. A copy of one of them in another stream is not trained on either."""
     clean: tuple[CleanStep, ...] = ()
     """Steps in the order in which they are done (``[nfc, line_joins]``); what each changed is counted."""
     filter: Filter = Filter()
@@ -173,6 +176,8 @@ class Stream(Section):
     def rules(self) -> Iterator[tuple[str, str]]:
         if self.epochs is not None and self.share is not None:
             yield "share", "given beside epochs; allowed: one of epochs and share"
+        elif self.use == "validation" and (self.epochs is not None or self.share is not None):
+            yield "share" if self.share is not None else "epochs", "a stream for validation is not trained on; remove it"
         if isinstance(getattr(self.source, "shape", None), PreferenceShape):
             if self.split != "never":
                 yield "split", "a preference pair stays in one row; set split: never"

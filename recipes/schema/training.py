@@ -9,6 +9,10 @@ from pydantic import Field
 
 from outgrow.recipes.schema.section import Custom, Section
 
+TOTAL = "total"
+MetricName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")]
+"""``TOTAL``, the loss over all streams that are trained on, or the name of a stream."""
+
 
 class Run(Section):
     """The name of the run and the seed of everything that is drawn."""
@@ -95,9 +99,46 @@ class Duration(Section):
             yield "", f"given {' and '.join(given) or 'none'}; allowed: exactly one of steps, tokens, epochs"
 
 
-class Validation(Section):
-    """Loss on the held-out documents, per stream and over all."""
+class NoGuard(Section):
+    """A rise is shown, and nothing is done about it."""
 
+    kind: Literal["none"] = "none"
+
+
+class _Guard(Section):
+    metric: MetricName = TOTAL
+    """What is watched: ``total``, the loss over the streams that are trained on, or a stream by name."""
+    rise: float = Field(gt=0)
+    """Nats a token above the lowest value so far (that before the first step counts) from which it is a rise."""
+    patience: int = Field(default=1, ge=1)
+    """So many validations in a row must show the rise."""
+
+
+class StopOnRise(_Guard):
+    """The run ends early, with a checkpoint, and says why."""
+
+    kind: Literal["stop"]
+
+
+class RollBackOnRise(_Guard):
+    """The run goes back to the checkpoint with the lowest value, does the steps after it again, on the same rows at a lower
+    learning rate, and ends early where that does not help."""
+
+    kind: Literal["roll_back"]
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    """What the learning rate is multiplied by from there on, each time."""
+    times: int = Field(default=2, ge=1)
+    """So often at most; the next rise ends the run."""
+
+
+Guard = Annotated[NoGuard | StopOnRise | RollBackOnRise, Field(discriminator="kind")]
+
+
+class Validation(Section):
+    """Loss on the held-out documents: per stream, and over the streams that are trained on."""
+
+    before: bool = True
+    """Also before the first step: what a rise is measured from."""
     every_steps: int = Field(default=500, ge=0)
     """Optimizer steps between validations, and always one after the last step; 0 for the last alone."""
     max_rows: int = Field(default=0, ge=0)
@@ -106,6 +147,12 @@ class Validation(Section):
     """Texts that the model continues at every validation, greedily, to be read in the report."""
     prompt_tokens: int = Field(default=48, ge=1, le=1024)
     """Tokens that each is continued by."""
+    on_rise: Guard = NoGuard()
+    """What a run does whose validation loss rises."""
+
+    def rules(self) -> Iterator[tuple[str, str]]:
+        if not isinstance(self.on_rise, NoGuard) and not self.every_steps:
+            yield "every_steps", "0 validates after the last step alone, and on_rise needs validations before it; raise it"
 
 
 class Checkpoint(Section):
@@ -117,6 +164,8 @@ class Checkpoint(Section):
     """This many of the newest committed checkpoints are kept."""
     keep_best: int = Field(default=1, ge=0)
     """This many more are kept: those with the lowest validation loss at their step."""
+    best_by: MetricName = TOTAL
+    """The validation loss that they are compared by: ``total``, over the streams that are trained on, or a stream by name."""
 
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 EngineName: TypeAlias = Literal["plain", "ddp", "fsdp2", "zero"]
+EventKind: TypeAlias = Literal["start", "step", "validation", "checkpoint", "roll_back", "end"]
 RestartCause: TypeAlias = Literal["", "rank_lost", "error", "asked"]
 DiskKind: TypeAlias = Literal["", "ssd", "hdd", "usb"]
 
@@ -204,13 +205,15 @@ class Disk(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory(Record):
-    """What one machine has, as seen by this process (cgroup limits included in ``cores`` and ``memory_bytes``)."""
+    """What one machine has, as seen by this process (cgroup limits included in ``cores`` and ``memory_bytes``), or what
+    ``nodes`` machines have together."""
 
     hostname: str
     cores: int
     memory_bytes: int
     gpus: tuple[Gpu, ...]
     disks: tuple[Disk, ...]
+    nodes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +221,9 @@ class ModelFacts(Record):
     """What planning needs to know of a model, found without allocating it.
 
     ``parameters`` counts tied weights once; ``largest_tensor`` is the element count of the biggest parameter;
-    ``blocks`` the number of transformer blocks.
+    ``blocks`` the number of transformer blocks. ``shapes`` has every parameter by name (tied ones once), ``block_names`` the
+    module of each block, ``linear`` the weights of the linear layers within blocks; of these ``adapted`` get an adapter of the
+    recipe's, and ``whole`` are the parameters that are trained beside them. ``mask_kinds`` of attention are made for a batch.
     """
 
     family: str
@@ -229,6 +234,28 @@ class ModelFacts(Record):
     vocab_size: int
     max_positions: int
     tied_embeddings: bool
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    block_names: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    heads: int = 0
+    eager_attention: bool = False
+    mask_kinds: int = 1
+    expert_share: float = 1.0
+    """Of the experts' activations, those of the experts that a token goes to; 1 without experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast(Record):
+    """Bytes that a run takes at most, by what they are for: ``device``, of the rank that has most on its device; ``host``, in a
+    node's memory; ``disk``, on a node's first tier. ``read`` and ``written`` there in a step."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    disk: dict[str, int]
+    step_read_bytes: int
+    step_written_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +316,9 @@ class Plan(Record):
     environment: dict[str, str]
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
+    forecast: Forecast | None = None
+    engine_settings: JsonDict = field(default_factory=dict)
+    """What a library below the engine is configured with, where it has a configuration of its own: DeepSpeed's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +382,19 @@ class TrainWorker(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestCheckpoint(Record):
+    """The committed checkpoint with the lowest validation loss ``metric``: ``total``, or a stream by name."""
+
+    folder: str
+    step: int
+    metric: str
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerResult(Record):
-    """What rank 0 says at the end. ``step`` counts finished optimizer steps; losses are nats a weighted token."""
+    """What rank 0 says at the end. ``step`` counts finished optimizer steps; losses are nats a weighted token. ``ended`` says
+    why the run ended before its last step, empty where it did not; ``best`` is None where no checkpoint was measured."""
 
     step: int
     tokens: int
@@ -361,6 +402,8 @@ class WorkerResult(Record):
     validation_loss: float | None
     checkpoint: str
     seconds: float
+    ended: str = ""
+    best: BestCheckpoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,12 +423,13 @@ class StepRecord(Record):
     """One line of ``events.jsonl`` and of the live display.
 
     ``kind``: ``start`` (a worker group begins or resumes), ``step`` (a logged optimizer step), ``validation``, ``checkpoint``,
-    ``end``. ``step`` counts finished steps. ``time`` is Unix seconds; durations are seconds; ``loss`` is nats a weighted token
-    over the global batch; what does not apply to a kind is left at its default. ``detail`` holds what belongs to one kind
-    only: per-stream validation losses, bytes and stages of a checkpoint, versions at the start.
+    ``roll_back`` (the run goes on from an earlier ``step``), ``end``. ``step`` counts finished steps. ``time`` is Unix seconds;
+    durations are seconds; ``loss`` is nats a weighted token over the global batch; what does not apply to a kind is left at its
+    default. ``detail`` holds what belongs to one kind only: per-stream validation losses, bytes and stages of a checkpoint,
+    versions at the start, why a run has ended early.
     """
 
-    kind: Literal["start", "step", "validation", "checkpoint", "end"]
+    kind: EventKind
     attempt: str
     time: float
     step: int
@@ -451,7 +495,11 @@ class CheckpointRef(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportManifest(Record):
-    """What lies in an exported folder: sha256 of every file, and where the weights came from."""
+    """What lies in an exported folder: sha256 of every file, and where the weights came from.
+
+    ``kind`` is ``model``; ``adapter``, one without its base; ``merged``, a model with its adapter worked into the base; or
+    ``merged 4-bit``, into the base as the run computed with it in 4 bits.
+    """
 
     run: str
     step: int
@@ -459,3 +507,4 @@ class ExportManifest(Record):
     dtype: str
     parameters: int
     files: dict[str, str]
+    kind: str = "model"

@@ -43,7 +43,7 @@ def advice(
     given = {stream.name: stream for stream in data.streams}
     return [
         *_of_tokenizer(data, languages),
-        *(found for stream in streams for found in _of_stream(stream, data.validation_fraction)),
+        *(found for stream in streams for found in _of_stream(stream, given[stream.name], data.validation_fraction)),
         *(found for index in indexes for found in _of_rows(index, given)),
         *_of_mix(mix[-1]),
     ]
@@ -71,7 +71,7 @@ def _of_tokenizer(data: Data, languages: Mapping[str, LanguageFigures]) -> Itera
         )
 
 
-def _of_stream(stream: StreamFacts, validation_fraction: float) -> Iterator[Advice]:
+def _of_stream(stream: StreamFacts, given: Stream, validation_fraction: float) -> Iterator[Advice]:
     dropped, every = sum(stream.dropped.values()), sum(stream.documents.values())
     if dropped > _MOST_DROPPED * every:
         reason, count = max(stream.dropped.items(), key=lambda item: item[1])
@@ -79,7 +79,7 @@ def _of_stream(stream: StreamFacts, validation_fraction: float) -> Iterator[Advi
             says=f"{dropped / every:.0%} of the documents of '{stream.name}' are in no row, {count:,} of them for '{reason}'",
             do=f"see whether that is meant: outgrow data dropped RECIPE --stream {stream.name} --reason {reason}",
         )
-    if stream.learned < _LEAST_LEARNED:
+    if given.use == "training" and stream.learned < _LEAST_LEARNED:
         yield Advice(
             says=f"only {stream.learned:.1%} of the tokens of '{stream.name}' are learned",
             do="look at its samples below; chat.roles, chat.answers and the template say which turns are learned",

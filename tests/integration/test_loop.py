@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_a_run_says_what_happened(dataset: Dataset, straight: RunResult) -> None
     assert [r.step for r in steps] == list(range(1, STEPS + 1))
     assert all(r.step_s and r.tokens_per_s and r.data_wait_s is not None and r.learning_rate for r in steps)
     assert [r.tokens for r in steps] == sorted(r.tokens for r in steps)
-    assert [r.step for r in records(dataset, "straight", "validation")] == [6, 12, 14]
+    assert [r.step for r in records(dataset, "straight", "validation")] == [0, 6, 12, 14]
     assert set(records(dataset, "straight", "validation")[-1].detail["streams"]) == {"a", "b"}
     saves = [r.detail for r in records(dataset, "straight", "checkpoint")]
     assert not any("error" in detail for detail in saves)
@@ -73,7 +74,7 @@ def test_going_on_is_bit_equal_to_going_straight_through(dataset: Dataset, strai
     run(job(dataset, "halted", 5))
     resumed = run(job(dataset, "halted", STEPS, loader_workers=2))
     assert curve(dataset, "halted") == curve(dataset, "straight")
-    same = {"checkpoint": "", "seconds": 0.0}
+    same: dict[str, Any] = {"checkpoint": "", "seconds": 0.0, "best": None}
     assert dataclasses.replace(resumed.worker, **same) == dataclasses.replace(straight.worker, **same)
 
 

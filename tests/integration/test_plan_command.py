@@ -56,3 +56,16 @@ def test_a_run_that_cannot_start(recipe: str, capsys: pytest.CaptureFixture[str]
     refusals = capsys.readouterr().out.partition("this run cannot start\n")[2]
     assert "  - 5000 rank(s) of 1 CPU(s); available: " in refusals
     assert "  - batch.rows is 4, too few for 5000 ranks; allowed: at most one rank a row\n" in refusals
+
+
+def test_machines_that_are_not_here(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    there = ["--gpus", "2", "--gpu-memory", "80 GB", "--nodes", "2", "--ram", "1 TB"]
+    assert outgrow("plan", recipe, *there) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("a forecast for 2 node(s) of 2 x 80.0 GB, 1.0 TB of memory; nothing can be started from here\n")
+    assert "ranks   4 on cuda" in text and "on the device of a rank: " in text
+    assert outgrow("plan", recipe, "--gpus", "1", "--gpu-memory", "1 MB", "--ram", "1 TB") == 2
+    refused = capsys.readouterr().out.partition("this run cannot start\n")[2]
+    assert "on a GPU (" in refused and "available: 1.0 MB on each" in refused
+    assert outgrow("plan", recipe, "--gpus", "2") == 2
+    assert "--gpus, --gpu-memory and --ram together" in capsys.readouterr().err

@@ -8,13 +8,16 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.distributed as dist
-from engine_cases import LENGTH, STEPS, Case, born_engine, parameters_digest, rows_of_steps, trained_steps
+from engine_cases import LENGTH, STEPS, Case, born_engine, born_model, parameters_digest, rows_of_steps, trained_steps
 from packed import Row, batch
 from torch import nn
 
 from outgrow.contracts import Batch, StepRows
+from outgrow.errors import PlanError
 from outgrow.recipes.schema.optimizer import AdamW
-from outgrow.trainers.engines import unmarked
+from outgrow.trainers.bring_up import first_weights
+from outgrow.trainers.engines import make_engine, unmarked
+from outgrow.trainers.engines.ddp import _buckets
 from outgrow.trainers.engines.forward import to_device
 from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.regions import Region, local_part
@@ -67,6 +70,48 @@ def test_going_on_from_kept_tensors_is_bit_equal_to_going_straight_through(preci
     assert list(trained_steps(resumed, case, 0, rows[halt:], first=halt)) == straight
     assert parameters_digest(resumed) == parameters_digest(engine)
     assert len(straight) == STEPS - halt
+
+
+@pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("engine", ["plain", "fsdp2"])
+def test_what_is_frozen_is_not_kept_and_comes_from_the_base_again(engine: str, precision: str) -> None:
+    settings = {} if engine == "plain" else {"parallel": {"kind": "fsdp2"}}
+    case = Case(engine=engine, precision=precision, adapter={"kind": "lora", "rank": 2}, settings=settings)
+    rows, halt = rows_of_steps()[:6], 4
+    model = born_model(case)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {name: parameter.dtype for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    through = born_engine(case)
+    tensors = through.tensors()
+    assert {name.removeprefix("model/") for name in tensors if name.startswith("model/")} == trained
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert set(frozen.values()) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    list(trained_steps(through, case, 0, rows[:halt]))
+    kept = Kept(through.tensors())
+    straight = list(trained_steps(through, case, 0, rows[halt:], first=halt))
+    resumed = make_engine(case.layout(), case.recipe(), model, torch.device("cpu"))
+    resumed.load(kept)
+    resumed.load_frozen(first_weights(case.recipe(), case.site(), case.config(), model))
+    assert list(trained_steps(resumed, case, 0, rows[halt:], first=halt)) == straight
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def test_gradients_are_summed_in_buckets_of_one_type_in_their_order() -> None:
+    def parameter(numel: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+        return nn.Parameter(torch.empty(numel, dtype=dtype))
+
+    given = [parameter(2), parameter(2), parameter(9), parameter(1), parameter(1, torch.float64), parameter(1, torch.float64)]
+    buckets = _buckets(given, most_bytes=16)
+    assert [id(p) for bucket in buckets for p in bucket] == [id(p) for p in given]
+    assert [len(bucket) for bucket in buckets] == [2, 1, 1, 2]
+    assert _buckets([], most_bytes=16) == []
+
+
+def test_what_does_not_go_together_is_refused_before_there_is_an_engine() -> None:
+    case = Case(engine="zero", precision="fp64", settings={"parallel": {"kind": "zero"}})
+    with pytest.raises(PlanError, match="precision fp64 with parallel.kind zero"):
+        make_engine(case.layout(), case.recipe(), born_model(case), torch.device("cpu"))
 
 
 def test_weights_alone_leave_the_optimizer_new() -> None:

@@ -19,6 +19,7 @@ from outgrow.errors import TrainingError
 from outgrow.storage import Storage, digest
 from outgrow.trainers.checkpoint.catalog import marker_of
 from outgrow.trainers.checkpoint.format import (
+    BASE,
     FOLDER,
     LOADER,
     MANIFEST,
@@ -54,12 +55,16 @@ class Group:
 
 @dataclass(frozen=True)
 class StepState:
-    """What belongs to a saved step besides its tensors; only rank 0's is written. ``metrics`` are finite numbers or None."""
+    """What belongs to a saved step besides its tensors; only rank 0's is written. ``metrics`` are finite numbers or None.
+
+    ``base`` is the identity of the frozen base that an adapter stands beside; None where there is none.
+    """
 
     step: int
     loader_state: JsonDict
     recipe: JsonDict
     metrics: Mapping[str, float | None]
+    base: JsonDict | None = None
 
 
 def write_data(storage: Storage, key: str, header: bytes, data: memoryview, chunk_bytes: int) -> FileEntry:
@@ -120,6 +125,7 @@ def commit(storage: Storage, group: Group, state: StepState, parts: list[Part], 
         (PIECES, merge({data_file(part.rank): part for part in parts}).to_bytes()),
         (LOADER, to_json(state.loader_state)),
         (RECIPE, to_json(state.recipe)),
+        *([(BASE, to_json(state.base))] if state.base is not None else []),
     ):
         storage.write(f"{aside}/{name}", data)
         files[name] = _entry(data, chunk_bytes)

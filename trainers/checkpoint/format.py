@@ -5,6 +5,7 @@
         pieces.json              name -> dtype, full shape, and the box of it that each piece holds
         loader.json              the position in the data
         recipe.json              the recipe that was trained
+        base.json                of an adapter alone: the identity of the base that it stands beside
         manifest.json            step, world, metrics; size of every file and a digest of each chunk of it
         COMMITTED                the digest of manifest.json, written last: without it there is no checkpoint
 
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 PIECES = "pieces.json"
 LOADER = "loader.json"
 RECIPE = "recipe.json"
+BASE = "base.json"
 CHUNK_BYTES = 4 * 1024 * 1024
 """Bytes that one digest covers, and so the least that a reader must read and verify for any tensor in it."""
 

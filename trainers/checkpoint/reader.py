@@ -14,7 +14,7 @@ from outgrow.contracts import CheckpointRef, JsonDict
 from outgrow.errors import IntegrityError, ModelError
 from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.catalog import examine
-from outgrow.trainers.checkpoint.format import LOADER, PIECES, RECIPE, Manifest, Piece, PieceIndex, TensorEntry, parse
+from outgrow.trainers.checkpoint.format import BASE, LOADER, PIECES, RECIPE, Manifest, Piece, PieceIndex, TensorEntry, parse
 from outgrow.trainers.checkpoint.tensor_file import (
     DTYPE_NAMES,
     DTYPES,
@@ -63,6 +63,11 @@ class CheckpointReader:
     @cached_property
     def recipe(self) -> JsonDict:
         return self._json(RECIPE)
+
+    @cached_property
+    def base(self) -> JsonDict | None:
+        """The identity of the base that an adapter stands beside; None where all of the model is here."""
+        return self._json(BASE) if BASE in self.manifest.files else None
 
     def verify(self) -> None:
         """Read every file through. Raises ``IntegrityError`` where a byte differs."""

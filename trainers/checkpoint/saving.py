@@ -11,8 +11,6 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from outgrow.contracts import CheckpointRef
 from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.catalog import survey
@@ -20,6 +18,7 @@ from outgrow.trainers.checkpoint.commit import Group, StepState, clear, commit, 
 from outgrow.trainers.checkpoint.format import CHUNK_BYTES, Part, aside_folder, data_file, part_file
 from outgrow.trainers.checkpoint.retention import Retention, to_remove
 from outgrow.trainers.checkpoint.snapshot import Snapshot
+from outgrow.trainers.regions import Held
 
 PATIENCE_S = 1800.0
 """How long rank 0 waits for the slowest rank after its own file is written."""
@@ -65,7 +64,7 @@ class Checkpointer:
         self,
         storage: Storage,
         group: Group,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, Held],
         retention: Retention,
         *,
         distrusted: Collection[str] = (),
@@ -93,7 +92,7 @@ class Checkpointer:
         """Host memory held for copies, bytes."""
         return self._snapshot.buffer_bytes
 
-    def save(self, tensors: Mapping[str, torch.Tensor], state: StepState) -> None:
+    def save(self, tensors: Mapping[str, Held], state: StepState) -> None:
         """Copy this rank's parts and return; the rest happens behind. Waits first for a save that is still being written.
 
         Ask ``busy`` on all ranks before: ranks that wait for a slow disk hold up the others in the next step.

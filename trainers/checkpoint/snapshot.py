@@ -7,7 +7,7 @@ them by size, by the same sum on every rank and so without a message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 from outgrow.errors import TrainingError
 from outgrow.trainers.checkpoint.format import Piece, TensorEntry, data_file
 from outgrow.trainers.checkpoint.tensor_file import DTYPE_NAMES, encode_header, lay_out
-from outgrow.trainers.regions import Region, local_part
+from outgrow.trainers.regions import FlatPart, Held, Region, local_parts, local_regions
 
 
 class Snapshot:
@@ -26,34 +26,41 @@ class Snapshot:
     ``header`` and ``data`` are the two halves of the rank's file. ``tensors`` says what is in it, as the index of pieces does.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> None:
+    def __init__(self, tensors: Mapping[str, Held], rank: int, world: int) -> None:
         owned = dict(owned_parts(tensors, rank, world))
-        slots = lay_out((name, tensors[name].dtype, region.shape) for name, region in owned.items())
+        boxes = [(name, key, region) for name, regions in owned.items() for key, region in _keyed(name, regions)]
+        slots = lay_out((key, tensors[name].dtype, region.shape) for name, key, region in boxes)
         self.header = encode_header(slots)
         self.buffer_bytes = slots[-1].stop if slots else 0
         # Filling it touches every page: the first save shall not pay for page faults.
         self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8).fill_(0)
-        self._pinned = self.buffer_bytes > 0 and any(tensor.is_cuda for tensor in tensors.values())
+        self._pinned = self.buffer_bytes > 0 and any(tensor.device.type == "cuda" for tensor in tensors.values())
         if self._pinned:
             _pin(self._buffer)
-        self._places = {slot.key: self._buffer[slot.start : slot.stop].view(slot.dtype).view(slot.shape) for slot in slots}
+        places = {slot.key: self._buffer[slot.start : slot.stop].view(slot.dtype).view(slot.shape) for slot in slots}
+        self._places = {name: [places[key] for key, _ in _keyed(name, regions)] for name, regions in owned.items()}
         self.data = self._buffer.numpy().data
         self.tensors = {
             name: TensorEntry(
                 dtype=DTYPE_NAMES[tensors[name].dtype],
                 shape=tuple(tensors[name].shape),
-                pieces=(Piece(file=data_file(rank), key=name, offset=region.offset, shape=region.shape),),
+                pieces=tuple(
+                    Piece(file=data_file(rank), key=key, offset=region.offset, shape=region.shape)
+                    for key, region in _keyed(name, regions)
+                ),
             )
-            for name, region in owned.items()
+            for name, regions in owned.items()
         }
 
-    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def take(self, tensors: Mapping[str, Held]) -> None:
         """Copy this rank's parts as they are now; ``tensors`` has the names and shapes that the snapshot was made for."""
+        assert self._places.keys() <= tensors.keys()
         with torch.no_grad(), _one_thread():
-            for name, place in self._places.items():
-                tensor = tensors[name]
-                part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                place.copy_(part, non_blocking=self._pinned)
+            # In the order of `tensors`: parts that are read from a disk lie together there.
+            for name, tensor in tensors.items():
+                if name in self._places:
+                    for place, (part, _) in zip(self._places[name], local_parts(tensor), strict=True):
+                        place.copy_(part, non_blocking=self._pinned)
         if self._pinned:
             torch.cuda.current_stream().synchronize()
 
@@ -64,20 +71,31 @@ class Snapshot:
             self._pinned = False
 
 
-def owned_parts(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> Iterator[tuple[str, Region]]:
-    """The name and box of each part that ``rank`` writes; over all ranks they cover each tensor exactly once.
+def owned_parts(tensors: Mapping[str, Held], rank: int, world: int) -> Iterator[tuple[str, list[Region]]]:
+    """The name and boxes of each part that ``rank`` writes; over all ranks they cover each tensor exactly once.
 
-    A plain tensor is the same on all ranks, a DTensor on the replicas of its mesh. Each goes to the one that has least so far.
+    A plain tensor is the same on all ranks, a DTensor on the replicas of its mesh; each goes to the one that has least so far.
+    A ``FlatPart`` is its rank's alone.
     """
     loads: dict[int, list[int]] = {}
     for name, tensor in sorted(tensors.items()):
+        regions = local_regions(tensor)
+        if isinstance(tensor, FlatPart):
+            if regions:
+                yield name, regions
+            continue
         holder, holders = _place_among_holders(tensor, rank, world)
         load = loads.setdefault(holders, [0] * holders)
         owner = load.index(min(load))
         load[owner] += prod(tensor.shape) * tensor.element_size()
-        _, region = local_part(tensor)
-        if owner == holder and region.numel:
-            yield name, region
+        if owner == holder and regions:
+            yield name, regions
+
+
+def _keyed(name: str, regions: Sequence[Region]) -> Iterator[tuple[str, Region]]:
+    """Each box under a key of its own in the rank's file: the tensor's name, and ``#1``, ``#2`` behind it for further boxes."""
+    for number, region in enumerate(regions):
+        yield f"{name}#{number}" if number else name, region
 
 
 def _place_among_holders(tensor: torch.Tensor, rank: int, world: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ decides when to pay for reading a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ import torch
 
 from outgrow.contracts import Batch
 from outgrow.monitoring.recording.slots import Phase
-from outgrow.trainers.regions import TensorSource
+from outgrow.trainers.regions import Held, TensorSource
 
 Mark: TypeAlias = Callable[[Phase], None]
 """Called where a phase of a step begins."""
@@ -61,7 +61,7 @@ class Engine(Protocol):
         Arguments as in ``Batch``, [n, L], equal on all ranks.
         """
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> Mapping[str, Held]:
         """Views of all that a checkpoint keeps: ``model/<parameter>`` and ``optim/<parameter>/<state>``, of what is trained.
 
         DTensors where the engine shards, ``FlatPart`` where it cuts parameters into flat pieces. Tied parameters stand once,

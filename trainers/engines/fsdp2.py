@@ -1,28 +1,32 @@
 """The engine that shards: PyTorch's FSDP2 (``fully_shard``) on every block and on the root, over a mesh of replicas x shards.
 
-Gradients are summed, never averaged: the loss of each rank is already divided by the weight of the global batch. Every
-micro-batch's gradient is reduce-scattered at once and kept as this rank's float32 shard: keeping it whole until the last
-micro-batch would save communication, but costs every rank a whole float32 model. Between replicas only the step's sum is
-reduced.
+Gradients are summed, never averaged: the loss of each rank is already divided by the weight of the global batch. Unless the
+recipe says otherwise, every micro-batch's gradient is reduce-scattered at once and kept as this rank's float32 shard: keeping
+it whole until the last micro-batch saves communication, but costs every rank a whole float32 model. Between replicas only the
+step's sum is reduced.
+
+With ``offload: cpu`` the shards, their gradients and the optimizer lie in the node's memory (pinned where the device is a GPU).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from outgrow.contracts import Batch, Layout
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.parallel import Fsdp2
-from outgrow.trainers.engines.activations import checkpoint_activations
+from outgrow.trainers.engines.blocks import prepare_blocks
 from outgrow.trainers.engines.engine import Mark, StepSums
-from outgrow.trainers.engines.forward import batch_nll, batch_sums, last_logits, to_device
+from outgrow.trainers.engines.forward import Forward
 from outgrow.trainers.engines.materialise import materialise
+from outgrow.trainers.engines.replicas import fill_all
 from outgrow.trainers.models.families import blocks, names_in_blocks
 from outgrow.trainers.optimizers import make_optimizer
 from outgrow.trainers.regions import TensorSource, fill
@@ -35,17 +39,24 @@ class Fsdp2Engine:
     """``Engine`` on every rank of ``layout``; needs a process group of ``layout.world`` ranks."""
 
     def __init__(self, layout: Layout, recipe: Recipe, model: PreTrainedModel, device: torch.device) -> None:
+        settings = recipe.parallel if isinstance(recipe.parallel, Fsdp2) else Fsdp2(kind="fsdp2")
         self._device = device
+        self._home = torch.device("cpu") if settings.offload == "cpu" else device
         self._accumulation = layout.accumulation
+        self._reduces_each = settings.reduce_gradients == "each_micro_batch"
         mesh = _mesh(layout, device)
         self._shard_group = mesh.get_group("shard")
-        checkpoint_activations(blocks(model), recipe.activation_checkpointing)
+        self._replicas = mesh.get_group("replicate") if layout.replicate > 1 else None
+        prepare_blocks(model, recipe)
         self._model = model
-        self._root = _shard(model, mesh, recipe)
-        materialise(model, device)
+        self._root = _shard(model, mesh, recipe, settings, device)
+        materialise(model, device, parameters_on=self._home)
         # Held from the start: between forward and backward the modules show gathered parameters in place of these shards.
         self._parameters = dict(model.named_parameters())
-        self._optimizer = make_optimizer(self._parameters, recipe.optimizer, names_in_blocks(model))
+        self._frozen = {name: parameter for name, parameter in self._parameters.items() if not parameter.requires_grad}
+        trained = {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
+        self._optimizer = make_optimizer(trained, recipe.optimizer, names_in_blocks(model))
+        self._forward = Forward(model, recipe, device)
         self._loss = torch.zeros((), device=device)
         self._grad_norm = torch.zeros((), device=device)
         self._micro_batches = 0
@@ -53,15 +64,17 @@ class Fsdp2Engine:
     def accumulate(self, batch: Batch, global_weight: float, mark: Mark) -> None:
         self._micro_batches += 1
         self._model.train()
-        self._root.set_requires_all_reduce(self._micro_batches == self._accumulation)
-        loss = batch_nll(self._model, to_device(batch, self._device)) / global_weight
+        last = self._micro_batches == self._accumulation
+        self._root.set_requires_gradient_sync(last or self._reduces_each)
+        self._root.set_requires_all_reduce(last)
+        loss = self._forward.nll(batch) / global_weight
         mark("backward")
         torch.autograd.backward(loss)
         self._loss = self._loss + loss.detach()
 
     def finish(self) -> StepSums:
         assert self._micro_batches == self._accumulation
-        squared = self._optimizer.squared_norm()
+        squared = self._optimizer.squared_norm().to(self._device)
         dist.all_reduce(squared, group=self._shard_group)
         self._grad_norm = squared.sqrt()
         sums = StepSums(self._loss, self._grad_norm)
@@ -69,12 +82,12 @@ class Fsdp2Engine:
         return sums
 
     def apply(self, learning_rate: float) -> None:
-        self._optimizer.step(learning_rate, self._grad_norm)
+        self._optimizer.step(learning_rate, self._grad_norm.to(self._home))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self._model.train(False)
-        sums = batch_sums(self._model, to_device(batch, self._device))
+        sums = self._forward.sums(batch)
         # The root stays gathered after a forward pass, for a backward pass that does not come here.
         self._root.reshard()
         return sums
@@ -82,7 +95,7 @@ class Fsdp2Engine:
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._model.train(False)
-        logits = last_logits(self._model, *(t.to(self._device) for t in (token_ids, segments, positions)))
+        logits = self._forward.last_logits(token_ids, segments, positions)
         self._root.reshard()  # as after `evaluate`
         return logits
 
@@ -94,11 +107,10 @@ class Fsdp2Engine:
             fill(tensor, name, source)
 
     def load_frozen(self, source: TensorSource) -> None:
-        raise NotImplementedError
+        fill_all(self._frozen, source, "", self._replicas, self._device)
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
-        for name, parameter in self._parameters.items():
-            fill(parameter.detach(), prefix + name, source)
+        fill_all(self._parameters, source, prefix, self._replicas, self._device)
 
     def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         total = value.clone()
@@ -116,18 +128,41 @@ def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, recipe: Recipe) -> FSDPModule:
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, recipe: Recipe, settings: Fsdp2, device: torch.device) -> FSDPModule:
     """``model`` itself in its new class, its parameters now DTensors on meta."""
-    policy = MixedPrecisionPolicy()
+    precision = MixedPrecisionPolicy()
     if recipe.precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    reshard = recipe.parallel.reshard_after_forward if isinstance(recipe.parallel, Fsdp2) else True
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    root = fully_shard(model, mesh=mesh, mp_policy=policy)
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = OffloadPolicy()
+    if settings.offload == "cpu":
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    sharded = [
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=settings.reshard_after_forward,
+            offload_policy=offload,
+        )
+        for block in blocks(model)
+    ]
+    root = fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # A factor alone asks for NCCL's PREMUL_SUM, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
+    _prefetch(root, sharded, settings.prefetch_blocks)
     return root
+
+
+def _prefetch(root: FSDPModule, blocks: Sequence[FSDPModule], ahead: int) -> None:
+    """Gather so many blocks before the one that computes: those after it in the forward pass, those before it in the backward
+    pass. The root's own parameters come first in both."""
+    for number, block in enumerate(blocks):
+        before = blocks[max(0, number - ahead) : number][::-1]
+        block.set_modules_to_forward_prefetch(list(blocks[number + 1 : number + 1 + ahead]))
+        # Without a list FSDP2 takes the block before by itself; a block that is there already is gathered no second time.
+        block.set_modules_to_backward_prefetch(list(before) or [block])
+    root.set_modules_to_forward_prefetch(list(blocks[:ahead]))
+    root.set_modules_to_backward_prefetch(list(blocks[::-1][:ahead]) or [root])

@@ -11,12 +11,12 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub.errors import StrictDataclassError
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,14 +26,17 @@ from outgrow.errors import ModelError
 from outgrow.recipes.placed import weights_folder
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.data import Data, FolderTokenizer
-from outgrow.recipes.schema.model import ArchitectureModel, FolderModel
+from outgrow.recipes.schema.model import ArchitectureModel, CustomModel, FolderModel
 from outgrow.recipes.schema.site import Site
 from outgrow.recipes.schema.training import Precision
 from outgrow.storage import verify_tree
 from outgrow.trainers.models.checked import require_checked
+from outgrow.trainers.models.custom import custom_config, custom_model, is_custom
 from outgrow.trainers.models.experts import give_every_expert_a_gradient
 from outgrow.trainers.models.families import attention_implementation, blocks, check_values
 from outgrow.trainers.models.grown import most_added_tokens
+from outgrow.trainers.models.on_meta import EmptyOnMeta
+from outgrow.trainers.models.shapes import shapes_of
 from outgrow.trainers.models.weights import read_manifest
 
 __all__ = ["blocks", "config_for", "facts", "meta_model"]
@@ -86,6 +89,10 @@ def config_for(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> Pr
     """
     vocab_size = card.vocab_size if card is not None else _vocab_size(recipe.data, site)
     eos_token_id = card.eos_token_id if card is not None else None
+    if isinstance(recipe.model, CustomModel):
+        config = custom_config(recipe.model, vocab_size, eos_token_id)
+        _check_positions(recipe, config.max_position_embeddings, recipe.model.factory, "the model's max_positions")
+        return config
     if isinstance(recipe.model, ArchitectureModel):
         config, where = _from_keys(recipe.model, vocab_size, eos_token_id), "model.config"
     else:
@@ -98,7 +105,7 @@ def config_for(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> Pr
     return config
 
 
-def _check_positions(recipe: Recipe, positions: int | None, where: str) -> None:
+def _check_positions(recipe: Recipe, positions: int | None, where: str, raised: str = "max_position_embeddings") -> None:
     lengths = {"data.sequence_length": recipe.data.sequence_length} | {
         f"data.stages[{number}].sequence_length": stage.sequence_length or 0 for number, stage in enumerate(recipe.data.stages)
     }
@@ -107,7 +114,7 @@ def _check_positions(recipe: Recipe, positions: int | None, where: str) -> None:
         raise ModelError(
             f"{key} is {lengths[key]}, but the model has {positions} positions",
             where=where,
-            hint=f"lower {key} to {positions}, or raise max_position_embeddings",
+            hint=f"lower {key} to {positions}, or raise {raised}",
         )
 
 
@@ -123,11 +130,14 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     """The model with parameters on meta in the master dtype, and every buffer real on the CPU; in training mode.
 
     Buffers (rotary frequencies) are in no state dict: they are right from here on and must be kept through any ``to_empty``.
-    Raises ``ModelError`` where transformers cannot build the configuration.
+    Raises ``ModelError`` where transformers cannot build the configuration. A custom model comes in a wrapper that has of
+    ``PreTrainedModel`` what training uses.
     """
+    if is_custom(config):
+        return cast(PreTrainedModel, _ready(custom_model(config, MASTER_DTYPE[precision])))
     dtype, attention = MASTER_DTYPE[precision], attention_implementation(config)
     try:
-        with _EmptyOnMeta(), init_empty_weights(include_buffers=False):
+        with EmptyOnMeta(), init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
@@ -142,20 +152,12 @@ def meta_model(config: PretrainedConfig, precision: Precision) -> PreTrainedMode
     lost = [name for name, buffer in buffers.items() if buffer.is_meta]
     if lost:
         raise ModelError(f"{config.model_type}: buffers without values: {', '.join(lost)}")
+    return cast(PreTrainedModel, _ready(model))
+
+
+def _ready(model: nn.Module) -> nn.Module:
     give_every_expert_a_gradient(model)
-    model.train()
-    return model
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """``torch.empty`` gives a meta tensor.
-
-    ``init_empty_weights`` moves a parameter to meta after it was made; under deterministic algorithms torch fills every empty
-    tensor, so that each parameter would be in memory, and written, once.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+    return model.train()
 
 
 def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFacts:
@@ -164,11 +166,12 @@ def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFa
     Raises ``ModelError`` as ``config_for`` does, and for a family that has not passed ``outgrow model check`` on this machine.
     """
     config = config_for(recipe, site, card)
-    require_checked(config.model_type, Path(site.cache).expanduser())
+    if not is_custom(config):
+        require_checked(config.model_type, Path(site.cache).expanduser())
     model = meta_model(config, recipe.precision)
     sizes = [parameter.numel() for parameter in model.parameters()]
     return ModelFacts(
-        family=config.model_type,
+        family=config.model_type if not is_custom(config) else config.outgrow_model["factory"],
         parameters=sum(sizes),
         largest_tensor=max(sizes),
         blocks=len(blocks(model)),
@@ -176,6 +179,7 @@ def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFa
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         tied_embeddings=bool(config.tie_word_embeddings),
+        **shapes_of(model, recipe),
     )
 
 

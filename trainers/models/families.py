@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from outgrow.errors import ModelError
+from outgrow.trainers.models.custom import CustomLanguageModel
 
 ALL_LAYERS = "all"
 """The one key of ``layer_windows`` where every layer has the same mask."""
@@ -86,6 +87,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     Of a family that is not tested it is the only list of ``num_hidden_layers`` modules; ``ModelError`` where that is in doubt.
     """
+    if isinstance(model, CustomLanguageModel):
+        return model.blocks
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     family = TESTED.get(config.model_type)
     if family is not None:

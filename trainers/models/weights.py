@@ -1,7 +1,7 @@
 """A Hugging Face folder of safetensors as a ``TensorSource``: just the slice asked for is read, and nothing is ever unpickled.
 
-Files are memory-mapped, so a rank's memory grows by what it copies out. A folder that ``outgrow export`` wrote has a manifest:
-each of its files is checked against its digest before the first byte of it is used.
+Files are mapped into memory, so a rank's memory grows by what it copies out alone. A folder that ``outgrow export`` wrote has a
+manifest: each of its files is checked against its digest before the first byte of it is used.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from outgrow.contracts import ExportManifest
 from outgrow.errors import IntegrityError, ModelError
 from outgrow.storage import file_digest
+from outgrow.trainers.models.safetensors_file import SafetensorsFile
 from outgrow.trainers.regions import Region
 
 SINGLE_FILE = "model.safetensors"
@@ -42,25 +41,32 @@ class FolderWeights:
         self._digests = manifest.files if (manifest := read_manifest(folder)) is not None else {}
         self._verified: set[str] = set()
         self._files: dict[str, str] = _files_of_names(folder)
-        self._open: dict[str, Any] = {name: _open(folder / name) for name in sorted(set(self._files.values()))}
-        held = {file: set(header.keys()) for file, header in self._open.items()}
-        lost = sorted(name for name, file in self._files.items() if name not in held[file])
+        self._open = {name: SafetensorsFile(folder / name) for name in sorted(set(self._files.values()))}
+        lost = sorted(name for name, file in self._files.items() if name not in self._open[file].entries)
         if lost:
             raise ModelError(f"{INDEX_FILE} names tensors that its files lack: {_listed(lost)}", where=str(folder))
 
     def names(self) -> Collection[str]:
         return self._files.keys()
 
+    def files(self) -> Collection[str]:
+        """The names of the files of weights, sorted."""
+        return self._open.keys()
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._open[self._files[name]].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What the file keeps ``name`` in."""
+        return self._open[self._files[name]].dtype(name)
 
     def read(self, name: str, region: Region) -> torch.Tensor:
-        """The values of ``region``. Raises ``IntegrityError`` where the file differs from the manifest's digest."""
+        """The values of ``region``, a view of the file that must not be written to.
+
+        Raises ``IntegrityError`` where the file differs from the manifest's digest.
+        """
         self._verify(self._files[name])
-        values: torch.Tensor = (
-            self._slice(name)[region.slices] if region.shape else self._open[self._files[name]].get_tensor(name)
-        )
-        return values
+        return self._open[self._files[name]].read(name, region)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise one ``ModelError`` with every tensor that is missing, extra, misshapen or not of floats, and every untied head.
@@ -77,7 +83,7 @@ class FolderWeights:
                     problems.append(f"extra: {name} {list(self.shape(name))}")
             elif self.shape(name) != expected:
                 problems.append(f"misshapen: {name} is {list(self.shape(name))}, the model's is {list(expected)}")
-            elif (dtype := self._slice(name).get_dtype()) not in _FLOATS:
+            elif (dtype := self._open[self._files[name]].entries[name].dtype) not in _FLOATS:
                 problems.append(f"not of floats: {name} is {dtype}")
             elif name in aliases and aliases[name] in self._files and not self._equal(name, aliases[name]):
                 problems.append(
@@ -85,9 +91,6 @@ class FolderWeights:
                 )
         if problems:
             raise ModelError("the weights do not fit the model\n" + "\n".join(problems), where=str(self.folder))
-
-    def _slice(self, name: str) -> Any:
-        return self._open[self._files[name]].get_slice(name)
 
     def _equal(self, one: str, other: str) -> bool:
         return all(torch.equal(self.read(one, part), self.read(other, part)) for part in row_parts(self.shape(one)))
@@ -138,7 +141,7 @@ def row_parts(shape: tuple[int, ...], elements: int = _COMPARED_ELEMENTS) -> Ite
 def _files_of_names(folder: Path) -> dict[str, str]:
     """The file of each tensor, by the index or the one file's own header."""
     if (folder / SINGLE_FILE).is_file():
-        return {name: SINGLE_FILE for name in _open(folder / SINGLE_FILE).keys()}  # noqa: SIM118 (not a mapping)
+        return dict.fromkeys(SafetensorsFile(folder / SINGLE_FILE).entries, SINGLE_FILE)
     index = folder / INDEX_FILE
     if not index.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES) if folder.is_dir() else []
@@ -160,13 +163,6 @@ def _files_of_names(folder: Path) -> dict[str, str]:
         if not (folder / name).is_file():
             raise ModelError(f"{name} is missing", where=str(index))
     return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ModelError(f"not a whole safetensors file: {error}", where=str(path)) from error
 
 
 def _ignorable(name: str, model: PreTrainedModel) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 
 from outgrow.recipes.schema import optimizer as settings
 from outgrow.trainers.optimizers.adamw import NamedAdamW
+from outgrow.trainers.optimizers.adamw_8bit import NamedAdamW8bit
+from outgrow.trainers.optimizers.muon import NamedMuon
 
 __all__ = ["Optimizer", "make_optimizer"]
 
@@ -29,5 +31,8 @@ class Optimizer(Protocol):
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], chosen: settings.Optimizer, in_blocks: Collection[str]) -> Optimizer:
     """The recipe's optimizer over ``parameters``; ``in_blocks`` names those of them that lie within transformer blocks."""
-    assert isinstance(chosen, settings.AdamW)
-    return NamedAdamW(parameters, chosen)
+    if isinstance(chosen, settings.AdamW):
+        return NamedAdamW(parameters, chosen)
+    if isinstance(chosen, settings.AdamW8bit):
+        return NamedAdamW8bit(parameters, chosen)
+    return NamedMuon(parameters, chosen, in_blocks)

@@ -11,6 +11,7 @@ import typer
 from outgrow.cli.opening import SiteOption, open_recipe, open_site
 
 if TYPE_CHECKING:
+    from outgrow.cluster.runs import StoredRun
     from outgrow.recipes.schema.site import Site
 
 app = typer.Typer(no_args_is_help=True, help="Check families of models.")
@@ -50,22 +51,44 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a name: its newest run.", show_default=False)],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.", show_default=False)],
     step: Annotated[int | None, typer.Option(help="The checkpoint's step; else the newest.", show_default=False)] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint with the lowest validation loss, as checkpoint.best_by says.")
+    ] = False,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None,
         typer.Option(help="Of the weights; else bf16 for a bf16 run, fp32 for others.", show_default=False),
     ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of a run with an adapter: the whole model, with the adapter worked in.")
+    ] = False,
+    merge_into: Annotated[
+        Literal["original", "4-bit"],
+        typer.Option(help="With --merged: the base as its folder has it, or as the run computed with it in 4 bits."),
+    ] = "original",
     site: SiteOption = None,
 ) -> None:
-    """Make FOLDER a Hugging Face model with the weights of a checkpoint of RUN."""
+    """Make FOLDER a Hugging Face model with the weights of a checkpoint of RUN, or a peft adapter where RUN trained one."""
     from outgrow.cluster.runs import find_run
     from outgrow.trainers.export_run import export_run
 
     opened = open_site(site)
     stored = find_run(opened.open_storage(), run)
-    manifest = export_run(stored.ref, _with_model_folder(opened, stored.file.recipe["model"]), folder, step=step, dtype=dtype)
+    if best:
+        step = _best_step(opened, stored, step)
+    if merge_into != "original" and not merged:
+        raise typer.BadParameter("goes with --merged: without it the adapter is exported alone", param_hint="--merge-into")
+    manifest = export_run(
+        stored.ref,
+        _with_model_folder(opened, stored.file.recipe["model"]),
+        folder,
+        step=step,
+        dtype=dtype,
+        merge_into=merge_into if merged else None,
+    )
     size = sum((folder / name).stat().st_size for name in manifest.files)
+    kind = "" if manifest.kind == "model" else f"{manifest.kind}, "
     typer.echo(
-        f"{folder}: {manifest.run} at step {manifest.step}, {manifest.parameters:,} parameters in {manifest.dtype}, "
+        f"{folder}: {manifest.run} at step {manifest.step}, {kind}{manifest.parameters:,} parameters in {manifest.dtype}, "
         f"{len(manifest.files)} files, {size / 1e6:,.1f} MB"
     )
 
@@ -97,18 +120,32 @@ def _family(family: str, site: Path | None) -> tuple[str, dict[str, Any], Site]:
     """The ``model_type``, the keys of its configuration, and the site."""
     if not family.endswith((".yaml", ".yml")):
         return family, {}, open_site(site)
-    from outgrow.recipes.schema.model import ArchitectureModel
+    from outgrow.errors import ModelError
+    from outgrow.recipes.schema.model import ArchitectureModel, CustomModel
 
     opened = open_recipe(Path(family), (), site)
     model = opened.recipe.model
     if isinstance(model, ArchitectureModel):
         return model.family, dict(model.config), opened.site
+    if isinstance(model, CustomModel):
+        raise ModelError("a custom model is probed at every start of its runs", where=family, hint=f"outgrow train {family}")
     from outgrow.recipes.placed import weights_folder
     from outgrow.trainers.models.build import folder_config
 
     config = folder_config(weights_folder(opened.site, model.path))
     known = inspect.signature(type(config)).parameters
     return config.model_type, {key: value for key, value in config.to_diff_dict().items() if key in known}, opened.site
+
+
+def _best_step(site: Site, stored: StoredRun, step: int | None) -> int:
+    """The step of the run's best checkpoint. Raises ``RunError`` where there is none, or ``step`` was given too."""
+    from outgrow.errors import RunError
+    from outgrow.trainers.checkpoint.retention import best_checkpoint
+
+    if step is not None:
+        raise RunError(f"--best was given beside --step {step}; allowed: one of the two")
+    metric = stored.file.recipe["checkpoint"].get("best_by", "total")
+    return best_checkpoint(site.open_storage(), stored.ref.folder, metric).step
 
 
 def _with_model_folder(site: Site, model: dict[str, Any]) -> Site:

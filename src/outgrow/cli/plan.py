@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -21,6 +22,27 @@ from outgrow.cli.opening import (
 if TYPE_CHECKING:
     from outgrow.cluster.ray_cluster import Target
     from outgrow.contracts import DataReading, DatasetCard, Inventory, Plan
+    from outgrow.recipes.schema.site import Site
+
+GpusOption: TypeAlias = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="Forecast for nodes of so many GPUs, not for this machine.", show_default=False),
+]
+GpuMemoryOption: TypeAlias = Annotated[
+    str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Of each of these GPUs, such as '80 GB'.", show_default=False)
+]
+NodesOption: TypeAlias = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="So many such nodes; 1 if not given.", show_default=False)
+]
+RamOption: TypeAlias = Annotated[
+    str | None, typer.Option("--ram", metavar="SIZE", help="Memory of each of these nodes, such as '1 TB'.", show_default=False)
+]
+DiskOption: TypeAlias = Annotated[
+    str | None, typer.Option("--disk", metavar="SIZE", help="Room on the fastest disk of each node.", show_default=False)
+]
+
+_CORES_A_GPU = 8
+"""Of nodes that are only thought of: enough for one rank and its readers."""
 
 
 def plan(
@@ -29,8 +51,16 @@ def plan(
     site: SiteOption = None,
     workers: WorkersOption = None,
     fresh: FreshOption = False,
+    gpus: GpusOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    nodes: NodesOption = None,
+    ram: RamOption = None,
+    disk: DiskOption = None,
 ) -> None:
-    """Show what a run of RECIPE would do here, and why it could not start, with exit code 2; builds nothing."""
+    """Show what a run of RECIPE would do here, and why it could not start, with exit code 2; builds nothing.
+
+    With --gpus, --gpu-memory and --ram: what it would do on machines that are not here.
+    """
     from outgrow.cluster.inventory import take_inventory
     from outgrow.cluster.plan import render
     from outgrow.cluster.ray_cluster import announce, locate
@@ -39,10 +69,96 @@ def plan(
     opened = open_recipe(recipe, overrides, site)
     if workers is not None:
         opened = opened.with_site(workers=workers)
+    elsewhere = _elsewhere(gpus, gpu_memory, nodes, ram, disk)
+    if elsewhere is not None:
+        _plan_elsewhere(opened, elsewhere, workers)
+        return
     target = locate(opened.site.cluster)
     card = find(opened.recipe, opened.site)
     made = plan_run(opened, take_inventory([Path(opened.site.cache)]), card, target, fresh=fresh)
     typer.echo(announce(target))
+    typer.echo(render(made))
+    if made.refusals:
+        raise typer.Exit(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Elsewhere:
+    """Machines that are only thought of: sizes in bytes, of each GPU and of each node."""
+
+    gpus: int
+    gpu_bytes: int
+    nodes: int
+    memory_bytes: int
+    disk_bytes: int | None
+
+    def __str__(self) -> str:
+        from outgrow.cluster.sizes import size
+
+        disk = f", {size(self.disk_bytes)} of disk" if self.disk_bytes is not None else ""
+        return f"{self.nodes} node(s) of {self.gpus} x {size(self.gpu_bytes)}, {size(self.memory_bytes)} of memory{disk}"
+
+
+def _elsewhere(
+    gpus: int | None, gpu_memory: str | None, nodes: int | None, ram: str | None, disk: str | None
+) -> _Elsewhere | None:
+    """The machines that the options describe; None where none is given. Raises ``PlanError`` where they do not suffice."""
+    from outgrow.errors import PlanError
+    from outgrow.recipes.schema.sizes import parse_size
+
+    if gpus is gpu_memory is nodes is ram is disk is None:
+        return None
+    if gpus is None or gpu_memory is None or ram is None:
+        raise PlanError(
+            "other machines are described by --gpus, --gpu-memory and --ram together; --nodes and --disk may be added",
+            hint="--gpus 8 --gpu-memory '80 GB' --ram '2 TB'",
+        )
+
+    def parsed(option: str, text: str) -> int:
+        try:
+            return parse_size(text)
+        except ValueError as error:
+            raise PlanError(str(error), where=option) from None
+
+    return _Elsewhere(
+        gpus=gpus,
+        gpu_bytes=parsed("--gpu-memory", gpu_memory),
+        nodes=nodes or 1,
+        memory_bytes=parsed("--ram", ram),
+        disk_bytes=None if disk is None else parsed("--disk", disk),
+    )
+
+
+def _plan_elsewhere(opened: Opened, machines: _Elsewhere, workers: int | None) -> None:
+    """Prints the plan on machines that are not here; nothing of this machine is looked at but the recipe's folders."""
+    from outgrow.cluster.plan import make_plan, render
+    from outgrow.contracts import Gpu, Inventory
+    from outgrow.streaming.build import find
+    from outgrow.trainers.models.build import facts
+
+    count = machines.gpus * machines.nodes
+    card = Gpu(index=0, name="", memory_bytes=machines.gpu_bytes, compute_capability="")
+    inventory = Inventory(
+        hostname="elsewhere",
+        cores=_CORES_A_GPU * count,
+        memory_bytes=machines.memory_bytes * machines.nodes,
+        gpus=(card,) * count,
+        disks=(),
+        nodes=machines.nodes,
+    )
+    there = opened.with_site(device="cuda", workers=workers or count, threads_per_worker="auto")
+    dataset = find(opened.recipe, opened.site)
+    made = make_plan(
+        there.recipe,
+        there.site,
+        inventory,
+        dataset,
+        facts(there.recipe, there.site, dataset),
+        free_bytes=machines.disk_bytes,
+        environment={},
+        tier_bytes=machines.disk_bytes,
+    )
+    typer.echo(f"a forecast for {machines}; nothing can be started from here")
     typer.echo(render(made))
     if made.refusals:
         raise typer.Exit(2)
@@ -70,9 +186,21 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
         facts(opened.recipe, opened.site, card),
         free_bytes=_room(opened, card, fresh=fresh),
         environment=environment | tracker_environment(opened.recipe.logging.trackers),
+        tier_bytes=_tier_room(opened.site) if embedded else None,
         cluster=target.address,
         reading=_reading(opened, card) if card is not None and embedded else None,
     )
+
+
+def _tier_room(site: Site) -> int | None:
+    """Bytes that may still be put on this machine's first tier; None without tiers."""
+    if not site.tiers:
+        return None
+    from outgrow.storage import Storage
+
+    first = site.tiers[0]
+    free = max(0, (Storage(first.path).free_bytes() or 0) - first.reserve_bytes)
+    return free if first.capacity_bytes is None else min(free, first.capacity_bytes)
 
 
 def _reading(opened: Opened, card: DatasetCard) -> DataReading | None:

@@ -100,7 +100,7 @@ def _details(known: RunStatus, root: str) -> list[tuple[str, str]]:
         ("state", f"{known.state} ({known.owner})" if known.owner else known.state),
         ("started", known.stored.file.created),
         ("fingerprint", known.stored.ref.fingerprint),
-        ("model", f"{recipe['model']['kind']} {recipe['model'].get('family') or recipe['model'].get('path')}"),
+        ("model", " ".join(recipe["model"][key] for key in ("kind", "family", "path", "factory") if key in recipe["model"])),
         ("data", ", ".join(stream["name"] for stream in recipe["data"]["streams"])),
         ("step", _progress(last)),
         ("loss", _loss(step)),

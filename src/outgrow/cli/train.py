@@ -149,15 +149,19 @@ def _terminable() -> Iterator[None]:
 def _print_end(opened: Opened, recipe: Path, site: Path | None, result: RunResult) -> None:
     worker = result.worker
     validation = f", validation loss {worker.validation_loss:.4f}" if worker.validation_loss is not None else ""
+    root, name = opened.site.storage.rstrip("/"), PurePosixPath(result.run.folder).name
+    best, take_best = worker.best, " --best" if worker.best and worker.best.step != worker.step else ""
     lines = [
         "",
         f"finished {result.run.name} at step {worker.step}: training loss {worker.train_loss:.4f}{validation}",
+        *([f"  ended early: {worker.ended}", "  to go on, change validation.on_rise and run it again"] if worker.ended else []),
         f"  {worker.tokens:,} tokens in {worker.seconds:.0f} s, {result.restarts} restart(s)",
-        f"  run         {opened.site.storage.rstrip('/')}/{result.run.folder}",
-        f"  checkpoint  {opened.site.storage.rstrip('/')}/{worker.checkpoint}",
+        f"  run         {root}/{result.run.folder}",
+        f"  checkpoint  {root}/{worker.checkpoint}",
+        *([f"  best        {root}/{best.folder}  ({best.metric} {best.loss:.4f})"] if best and take_best else []),
         "next:",
-        f"  outgrow report {PurePosixPath(result.run.folder).name}{_site_words(site)}",
-        f"  outgrow export {PurePosixPath(result.run.folder).name} FOLDER{_site_words(site)}",
+        f"  outgrow report {name}{_site_words(site)}",
+        f"  outgrow export {name} FOLDER{take_best}{_site_words(site)}",
         "  outgrow generate FOLDER 'Once upon a time'",
     ]
     typer.echo("\n".join(lines))

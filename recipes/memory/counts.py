@@ -1,0 +1,108 @@
+"""How many parameters of each sort a recipe makes of a model, and the bytes that the optimizer keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from outgrow.contracts import ModelFacts
+from outgrow.recipes.memory.activations import MASTER_BYTES
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.adapter import Lora
+from outgrow.recipes.schema.optimizer import AdamW8bit, Muon
+
+SCALES_8BIT = 8 / 256
+"""Bytes a parameter of the scales of two moments in 8 bits: one in float32 for 256 values."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters: ``trained``, of which ``matrices`` are matrices within blocks; frozen ones in the precision that
+    computes; and ``packed`` ones, frozen in 4 bits."""
+
+    trained: int = 0
+    matrices: int = 0
+    frozen: int = 0
+    packed: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.trained + other.trained,
+            self.matrices + other.matrices,
+            self.frozen + other.frozen,
+            self.packed + other.packed,
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Counts of the whole model, of its largest block, and of what lies outside of blocks (``root``)."""
+
+    whole: Counts
+    block: Counts
+    root: Counts
+
+
+def count(recipe: Recipe, facts: ModelFacts) -> Parts:
+    """How many parameters of each sort a recipe makes of the model."""
+    names = _by_block(facts)
+    root = _counted(recipe, facts, names.pop("", ()), within=False)
+    blocks = [_counted(recipe, facts, inside, within=True) for inside in names.values()]
+    return Parts(
+        whole=sum(blocks, root),
+        block=max(blocks, key=lambda counts: counts.trained + counts.frozen + counts.packed, default=Counts()),
+        root=root,
+    )
+
+
+def state_bytes(recipe: Recipe, facts: ModelFacts) -> int:
+    """Bytes of all that a checkpoint keeps: the trained parameters as the optimizer steps them, and its states."""
+    if not facts.shapes:
+        return facts.parameters * 3 * MASTER_BYTES[recipe.precision]
+    return states(recipe, count(recipe, facts).whole)
+
+
+def _by_block(facts: ModelFacts) -> dict[str, tuple[str, ...]]:
+    """Names of parameters by the name of the block that they are in; ``""`` for what is in none."""
+    blocks = set(facts.block_names)
+    found: dict[str, list[str]] = {}
+    for name in facts.shapes:
+        parents = (name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1))
+        found.setdefault(next((parent for parent in parents if parent in blocks), ""), []).append(name)
+    return {block: tuple(names) for block, names in found.items()}
+
+
+def _counted(recipe: Recipe, facts: ModelFacts, names: Iterable[str], *, within: bool) -> Counts:
+    adapter = recipe.adapter
+    linear, whole, adapted = set(facts.linear), set(facts.whole), set(facts.adapted)
+    trained = matrices = frozen = packed = 0
+    for name in names:
+        shape = facts.shapes[name]
+        size = prod(shape)
+        if not isinstance(adapter, Lora) or name in whole:
+            trained += size
+            matrices += size if within and len(shape) > 1 else 0
+            continue
+        if name in adapted:
+            beside = adapter.rank * sum(shape)
+            trained += beside + (shape[0] if adapter.dora else 0)
+            matrices += beside if within else 0
+        if adapter.base == "nf4" and name in linear:
+            packed += size
+        else:
+            frozen += size
+    return Counts(trained, matrices, frozen, packed)
+
+
+def optimizer_bytes(recipe: Recipe, counts: Counts) -> float:
+    exact = MASTER_BYTES[recipe.precision]
+    if isinstance(recipe.optimizer, AdamW8bit):
+        return (2 + SCALES_8BIT) * counts.trained
+    if isinstance(recipe.optimizer, Muon):
+        return exact * (2 * counts.trained - counts.matrices)
+    return 2 * exact * counts.trained
+
+
+def states(recipe: Recipe, counts: Counts) -> int:
+    return round(MASTER_BYTES[recipe.precision] * counts.trained + optimizer_bytes(recipe, counts))

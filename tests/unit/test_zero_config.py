@@ -1,0 +1,102 @@
+"""DeepSpeed's configuration as it follows from a layout and a recipe, and what a recipe may lay over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from outgrow.contracts import Layout
+from outgrow.errors import SiteError
+from outgrow.recipes.deepspeed import deepspeed_config, extensions_folder, folders, merged
+from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.deepspeed_keys import DECIDED
+from outgrow.recipes.schema.site import Site
+
+LAYOUT = Layout(engine="zero", world=4, replicate=1, shard=4, global_rows=30, micro_rows=2, accumulation=4)
+
+
+def recipe(**parallel: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "schema": 1,
+            "run": {"name": "case", "seed": 1},
+            "model": {"kind": "architecture", "family": "llama"},
+            "data": {
+                "sequence_length": 8,
+                "tokenizer": {"kind": "folder", "path": "none"},
+                "streams": [{"name": "none", "source": {"kind": "text", "path": "none"}}],
+            },
+            "batch": {"rows": 30},
+            "duration": {"steps": 3},
+            "optimizer": {"kind": "adamw", "learning_rate": 1e-3, "clip_norm": 0.7},
+            "precision": "bf16",
+            "parallel": {"kind": "zero", **parallel},
+        }
+    )
+
+
+def config(**parallel: Any) -> dict[str, Any]:
+    return deepspeed_config(LAYOUT, recipe(**parallel), "/disk/rank", largest_tensor=1001)
+
+
+def test_it_follows_from_layout_and_recipe() -> None:
+    found = config(stage=2)
+    assert found["train_batch_size"] == 32 == 4 * found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"]
+    assert (found["gradient_clipping"], found["bf16"], found["communication_data_type"]) == (0.7, {"enabled": True}, "fp32")
+    assert found["zero_optimization"]["stage"] == 2
+    assert "offload" not in str(found)
+
+
+def test_gradients_are_summed_where_deepspeed_can() -> None:
+    assert [config(stage=stage)["gradient_allreduce_op"] for stage in (1, 2, 3)] == ["sum", "sum", "mean"]
+
+
+def test_what_is_offloaded_to_a_disk_goes_there_all_of_it() -> None:
+    zero = config(stage=3, offload_optimizer="nvme", offload_parameters="nvme")["zero_optimization"]
+    assert zero["offload_optimizer"]["nvme_path"] == zero["offload_param"]["nvme_path"] == "/disk/rank"
+    assert zero["offload_param"]["max_in_cpu"] == 0
+    assert zero["offload_param"]["buffer_size"] == 251, "a quarter of the largest parameter, rounded up"
+
+
+def test_keys_are_laid_over_without_losing_the_others() -> None:
+    zero = config(stage=3, deepspeed={"zero_optimization": {"reduce_bucket_size": 7, "sub_group_size": 9}})["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["sub_group_size"], zero["stage"], zero["overlap_comm"]) == (7, 9, 3, True)
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": {"e": 4}}, "d": {}}) == {"a": {"b": 1, "c": {"e": 4}}, "d": {}}
+
+
+def nested(path: str) -> dict[str, Any]:
+    head, _, rest = path.partition(".")
+    return {head: nested(rest) if rest else 1}
+
+
+@pytest.mark.parametrize("key", DECIDED)
+def test_what_the_recipe_decides_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        recipe(deepspeed=nested(key))
+    assert f"{key} is decided by the recipe; set {DECIDED[key]}" in str(refused.value)
+
+
+def test_what_lies_below_a_decided_key_is_refused_too() -> None:
+    with pytest.raises(ValidationError, match=r"optimizer.params.lr is decided by the recipe; set optimizer"):
+        recipe(deepspeed={"optimizer": {"params": {"lr": 1.0}}})
+
+
+def test_a_disk_is_the_first_tier_or_none(tmp_path: Path) -> None:
+    offloads = recipe(stage=3, offload_optimizer="nvme")
+    with pytest.raises(SiteError, match="declares no disk") as refused:
+        folders(offloads, Site.model_validate({"cache": str(tmp_path)}))
+    assert "tiers: [{name: nvme" in refused.value.hint
+    tiers = [{"name": "fast", "path": str(tmp_path / "fast")}, {"name": "slow", "path": str(tmp_path / "slow")}]
+    site = Site.model_validate({"cache": str(tmp_path), "tiers": tiers})
+    assert folders(offloads, site).offload == tmp_path / "fast/offload"
+    assert folders(recipe(stage=3), site).offload is None
+
+
+def test_extensions_are_kept_by_version(tmp_path: Path) -> None:
+    folder = extensions_folder(tmp_path)
+    assert folder.parent == tmp_path / "extensions"
+    assert "deepspeed-0" in folder.name
+    assert "torch-2" in folder.name
