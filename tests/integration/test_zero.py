@@ -30,8 +30,7 @@ OFFLOADED = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
 FEW = {
     "stage 1 on 2, rows in parts": zero(1, 2, micro_rows=2),
     "stage 2 on 2": zero(2, 2),
-    "stage 3 on 2, rows in parts": zero(3, 2, micro_rows=2),
-    "stage 3 on 2, CPU offload": zero(3, 2, **OFFLOADED),
+    "stage 3 on 2, CPU offload, rows in parts": zero(3, 2, micro_rows=2, **OFFLOADED),
     "stage 3 on 2, bf16": zero(3, 2, precision="bf16"),
 }
 MANY = {
@@ -67,6 +66,7 @@ def test_every_stage_and_world_trains_as_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
+@pytest.mark.timeout(1200)  # where the extension was never compiled, it is now
 def test_offload_to_a_disk_trains_as_plain(tmp_path: Path) -> None:
     """At a size that DeepSpeed does swap: it leaves in memory what is under 1 MiB a rank."""
     need("g++", "ninja", "libaio.h")
@@ -74,7 +74,8 @@ def test_offload_to_a_disk_trains_as_plain(tmp_path: Path) -> None:
     offloaded = {"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme": str(disk), "sizes": WIDE}
     cases = {f"stage 3 on {world}": zero(3, world, **offloaded) for world in (1, 2)}
     found = on_ranks(cases, tmp_path)
-    expected = train(Case(precision="fp32", sizes=WIDE))
+    # Of float64: PyTorch sums the squares of a million float32 numbers on a CPU with an error of 5e-5, DeepSpeed in float64.
+    expected = train(Case(precision="fp64", sizes=WIDE))
     for name, outcome in found.items():
         assert outcome.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE["fp32"]), name
         assert outcome.norms == pytest.approx(expected.norms, rel=0, abs=TOLERANCE["fp32"]), name

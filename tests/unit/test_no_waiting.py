@@ -17,7 +17,7 @@ from outgrow.trainers.models import masks
 from outgrow.trainers.optimizers import adamw_8bit
 
 _WAITING = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::masked_select")
-"""Operations whose result, or its shape, the CPU has to know. Indexing by a mask comes to ``nonzero``."""
+"""Operations whose result, or its shape, the CPU has to know; and so it has to where a mask is the index."""
 
 
 class Waited(Exception):
@@ -30,7 +30,10 @@ class NoWaiting(TorchDispatchMode):
     allowed = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.allowed and func.name().startswith(_WAITING):
+        by_mask = func.name().startswith("aten::index") and any(
+            index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], list | tuple) else [])
+        )
+        if not self.allowed and (by_mask or func.name().startswith(_WAITING)):
             raise Waited(func.name())
         return func(*args, **(kwargs or {}))
 
@@ -74,7 +77,7 @@ def unpacked(rows: list[Row]) -> list[Row]:
 CASES = {
     "plain": Case(precision="fp32"),
     "plain, bf16": Case(precision="bf16"),
-    "fsdp2": Case(engine="fsdp2", precision="bf16", settings={"parallel": {"kind": "fsdp2"}}),
+    "fsdp2": Case(engine="fsdp2", precision="bf16", micro_rows=4, settings={"parallel": {"kind": "fsdp2"}}),
     "chunked": Case(precision="fp32", settings={"cross_entropy": {"kind": "chunked", "tokens": 50}}),
     "8 bit": Case(precision="fp32", settings={"optimizer": {"kind": "adamw_8bit", "learning_rate": 1e-3}}),
     "muon": Case(precision="fp32", settings={"optimizer": {"kind": "muon", "learning_rate": 1e-3}}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -121,28 +120,29 @@ def test_a_missing_libaio_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         extensions.require_tools("cpu")
 
 
-def start_claim(parent: Path, seconds: float) -> tuple[subprocess.Popen[str], Path]:
-    process = subprocess.Popen([sys.executable, "-c", CLAIM, str(parent), str(seconds)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+@contextmanager
+def claiming(parent: Path, seconds: float) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has a folder below ``parent`` for so long, and the folder."""
+    command = [sys.executable, "-c", CLAIM, str(parent), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, Path(process.stdout.readline().strip())
+        finally:
+            process.kill()
 
 
 def test_folders_go_with_their_process_however_it_ends(tmp_path: Path) -> None:
     parent = tmp_path / "tier/offload"
-    ended, its = start_claim(parent, 0)
-    assert ended.wait(60) == 0
+    with claiming(parent, 0) as (ended, _):
+        assert ended.wait(60) == 0
     assert not list(parent.iterdir()), "an end in good order leaves nothing"
 
-    living, kept = start_claim(parent, 60)
-    killed, left = start_claim(parent, 60)
-    try:
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        assert (left / "state").exists()
+    with claiming(parent, 60) as (_, kept):
+        with claiming(parent, 60) as (_, left):
+            pass
+        assert (left / "state").exists(), "it was killed"
         scratch.sweep(parent)
         assert not left.exists()
         assert (kept / "state").exists(), "its process is alive"
         assert sorted(path.name for path in parent.iterdir()) == [kept.name, f"{kept.name}.lock"]
-    finally:
-        living.kill()
-        living.wait()

@@ -127,7 +127,7 @@ def _give_loss(model: PreTrainedModel, loss: HeadLoss) -> None:
     ``forward`` is replaced, of the model and of its head, and not called from outside: the hooks of engines that gather
     parameters around a module then still do.
     """
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[assignment]
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.forward = partial(_head_forward, head, head.forward, loss)
     model.forward = partial(_model_forward, model, head, model.forward)
 
@@ -137,7 +137,8 @@ def _model_forward(
 ) -> Any:
     if loss_at is None:
         return forward(*args, **kwargs)
-    hidden = model.get_decoder()(*args, **kwargs).last_hidden_state.flatten(0, 1)
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    hidden = decoder(*args, **kwargs).last_hidden_state.flatten(0, 1)
     if loss_at.positions is not None:
         hidden = hidden.index_select(0, loss_at.positions)
     return head(hidden, loss_at)

@@ -179,7 +179,8 @@ def _flex(
 def _flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    uncompiled: Callable[..., Any] = flex_attention
+    return uncompiled if torch.compiler.is_compiling() else _compiled_flex_attention()
 
 
 @cache
@@ -210,9 +211,9 @@ def by_documents(kernel: Callable[[], _Kernel]) -> Callable[..., tuple[torch.Ten
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         rows, heads, length, width = query.shape
-        flat = (tensor.transpose(1, 2).reshape(rows * length, -1, width) for tensor in (query, key, value))
+        query, key, value = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
         scale = width**-0.5 if scaling is None else scaling
-        output = kernel()(*flat, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window, softcap=softcap)
+        output = kernel()(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window, softcap=softcap)
         return output.reshape(rows, length, heads, width), None
 
     return attention

@@ -25,8 +25,11 @@ _PIECE = 1 << 22
 
 
 @cache
-def codebook(signed: bool) -> torch.Tensor:
-    """256 numbers, ascending, float32: from -1 (0 without a sign) to 1, denser towards 0."""
+def codebook(signed: bool, device: torch.device) -> torch.Tensor:
+    """256 numbers, ascending, float32: from -1 (0 without a sign) to 1, denser towards 0.
+
+    Kept on the device: a copy in every step would wait for what runs there.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         count = 2**exponent if signed else 2 ** (exponent + 1)
@@ -34,7 +37,7 @@ def codebook(signed: bool) -> torch.Tensor:
         magnitudes = (10.0 ** (exponent - 6) * (borders[:-1] + borders[1:]) / 2).tolist()
         values += magnitudes + ([-magnitude for magnitude in magnitudes] if signed else [])
     values += [0.0] * (256 - len(values))
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +48,7 @@ def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tens
     rows, length = values.shape
     blocks = F.pad(values.float(), (0, -length % BLOCK)).view(rows, -1, BLOCK)
     scales = blocks.abs().amax(-1)
-    book = codebook(signed).to(values.device)
+    book = codebook(signed, values.device)
     halfway = (book[:-1] + book[1:]) / 2
     codes = torch.bucketize(blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None], halfway, out_int32=True)
     return codes.to(torch.uint8).view(rows, -1)[:, :length], scales
@@ -53,12 +56,13 @@ def encode(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tens
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     """float32 [rows, n] that ``encode`` gave these for."""
-    values = codebook(signed).to(codes.device)[codes.int()]
-    return values * scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+    return codebook(signed, codes.device)[codes.int()] * scales.repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
 
 
 def zero_codes(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes in the shape of ``like`` and their scales, [rows, blocks], which stand for zeros; sharded as ``like`` is."""
+    for signed in (True, False):
+        codebook(signed, like.device)  # made now, not in the first step
     scales = (like.shape[0], -(-prod(like.shape[1:]) // BLOCK))
     if isinstance(like, DTensor):
         mesh, placements = like.device_mesh, like.placements

@@ -75,7 +75,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = first * x + (second * gram + third * gram @ gram) @ x
-    return x.mT if tall else x
+    made: torch.Tensor = x.mT if tall else x
+    return made
 
 
 def _whole(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ def _elsewhere(
     from outgrow.errors import PlanError
     from outgrow.recipes.schema.sizes import parse_size
 
-    if gpus is gpu_memory is nodes is ram is disk is None:
+    if all(option is None for option in (gpus, gpu_memory, nodes, ram, disk)):
         return None
     if gpus is None or gpu_memory is None or ram is None:
         raise PlanError(

@@ -65,6 +65,8 @@ def _cutter(config: JsonDict) -> Callable[[Any], None]:
     # Given a module without parameters it cuts nothing yet; but linear layers now free what was gathered for them, in the whole
     # process and for good.
     init = Init(module=nn.Module(), config_dict_or_path=config)
+    if init.param_swapper is not None:
+        _read_each_once(init.param_swapper)
 
     def cut(parameter: Any) -> None:
         # What `Init` does, but for a broadcast of values that are not there yet.
@@ -72,3 +74,9 @@ def _cutter(config: JsonDict) -> Callable[[Any], None]:
         parameter.partition()
 
     return cut
+
+
+def _read_each_once(swapper: Any) -> None:
+    """Where the end of the forward pass is near, DeepSpeed lists a parameter for it and for the backward pass, and fails."""
+    swap_in = swapper.swap_in
+    swapper.swap_in = lambda parameters, **how: swap_in(list({p.ds_id: p for p in parameters}.values()), **how)
