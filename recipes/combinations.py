@@ -171,6 +171,16 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "activation_checkpointing selective with parallel.stage 3",
+        "DeepSpeed gathers parameters within a block, and the choice of operations would take its copies for the block's own",
+        "activation_checkpointing: {kind: full}, or parallel.stage: 2",
+        lambda recipe, device: (
+            (zero := _zero(recipe)) is not None
+            and zero.stage == 3
+            and isinstance(recipe.activation_checkpointing, RecomputeCheap)
+        ),
+    ),
+    Rule(
         "activation_checkpointing selective with compile blocks and parallel.kind zero",
         "DeepSpeed's hooks and the choice of operations cannot both be traced",
         "activation_checkpointing: {kind: full}",

@@ -48,6 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield made
 
 
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
 def test_an_adapter_beside_a_base_in_4_bits_survives_a_power_cut_and_leaves_as_peft_reads_it(place: Place) -> None:
     said = place.run("plan", "tuned.yaml")
     assert "this run can start" in said
@@ -79,6 +81,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(place: Place) -> No
 
 
 @pytest.mark.parity
+@pytest.mark.timeout(900)
 def test_a_run_goes_on_with_another_engine(place: Place) -> None:
     """FSDP2, then ZeRO-3 with offload, then one rank alone: by the same command with another ``parallel``."""
     full = ["tuned.yaml", "run.name=moved", "adapter=none"]
