@@ -181,12 +181,10 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        "activation_checkpointing selective with compile blocks and parallel.kind zero",
-        "DeepSpeed's hooks and the choice of operations cannot both be traced",
-        "activation_checkpointing: {kind: full}",
-        lambda recipe, device: (
-            recipe.compile == "blocks" and bool(_zero(recipe)) and isinstance(recipe.activation_checkpointing, RecomputeCheap)
-        ),
+        "compile blocks with parallel.stage 3",
+        "DeepSpeed gathers parameters layer by layer within a block, so there is no whole block to compile",
+        "compile: none, or parallel.stage: 2, or parallel.kind: fsdp2",
+        lambda recipe, device: (zero := _zero(recipe)) is not None and zero.stage == 3 and recipe.compile == "blocks",
     ),
 )
 
