@@ -34,7 +34,7 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), help="some of: " + "; ".join(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES), help="these alone", metavar="CASE")
     parser.add_argument("--limit", action="store_true", help="load again under a cgroup")
     options = parser.parse_args()
     shape = big_models.BIG

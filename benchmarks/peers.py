@@ -47,7 +47,10 @@ class Contender:
     def turn(self) -> float:
         """Tokens a second of one more step."""
         print("go", file=self.turns, flush=True)
-        seconds, tokens = map(float, self.answers.readline().split())
+        answer = self.answers.readline().split()
+        if not answer:
+            raise SystemExit(f"{self.name} ended in the middle of it; run with --show to see why")
+        seconds, tokens = map(float, answer)
         return tokens / seconds
 
     def end(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, TypeAlias
@@ -112,19 +112,22 @@ def _nearest(recipe: Recipe, facts: ModelFacts, machine: Machine) -> str:
     Changes of where numbers lie come first, as many as it takes; beneath them what changes more: the first that trains the
     same, else a smaller method, and offload.
     """
+    known = combinations.refusals(recipe, machine.device)
     asked, sections = list[str](), dict[str, Any]()
     for text, changes in _free_changes(recipe):
+        if not _goes_together(_with(recipe, sections | dict(changes)), machine, known):
+            continue
         asked.append(text)
         sections |= changes
-        if _fits(_with(recipe, sections), facts, machine):
+        if _fits(_with(recipe, sections), facts, machine, known):
             return f"add {' '.join(asked)}"
 
     def first(changes: Iterable[Change]) -> list[str]:
-        fitting = (text for text, changed in changes if _fits(_with(recipe, sections | dict(changed)), facts, machine))
+        fitting = (text for text, changed in changes if _fits(_with(recipe, sections | dict(changed)), facts, machine, known))
         return list(islice(fitting, 1))
 
     offers = first(_same_model(recipe)) or [*first(_smaller(recipe)), *first(_offloads())]
-    cards = _cards_enough(_with(recipe, sections), facts, machine)
+    cards = _cards_enough(_with(recipe, sections), facts, machine, known)
     before = f"add {' '.join(asked)}, and " if asked else "add " if offers else ""
     offers += [f"take {cards} such GPUs"] if cards else []
     if not offers:
@@ -183,8 +186,13 @@ def _facts_of(recipe: Recipe, facts: ModelFacts) -> ModelFacts:
     return replace(facts, adapted=facts.linear) if brought else facts
 
 
-def _fits(recipe: Recipe, facts: ModelFacts, machine: Machine) -> bool:
-    if combinations.refusals(recipe, machine.device):
+def _goes_together(recipe: Recipe, machine: Machine, known: Sequence[Refusal]) -> bool:
+    """Whether the recipe breaks no rule but those that are ``known``, each of which is a refusal of its own already."""
+    return all(refusal in known for refusal in combinations.refusals(recipe, machine.device))
+
+
+def _fits(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> bool:
+    if not _goes_together(recipe, machine, known):
         return False
     try:
         foreseen = _foresee(recipe, _facts_of(recipe, facts), machine)
@@ -193,13 +201,13 @@ def _fits(recipe: Recipe, facts: ModelFacts, machine: Machine) -> bool:
     return foreseen is not None and not _lacking(foreseen, machine)
 
 
-def _cards_enough(recipe: Recipe, facts: ModelFacts, machine: Machine) -> int:
+def _cards_enough(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> int:
     """GPUs that hold the recipe as it is, in nodes of as many as there are now, or of up to 8; 0 where no number does."""
     if machine.device != "cuda":
         return 0
     node = max(8, machine.local_workers)
     for cards in chain(range(machine.workers + 1, node + 1), range(2 * node, _MOST_CARDS + 1, node)):
         larger = replace(machine, workers=cards, nodes=-(-cards // node))
-        if cards > machine.workers and _fits(recipe, facts, larger):
+        if cards > machine.workers and _fits(recipe, facts, larger, known):
             return cards
     return 0

@@ -82,9 +82,10 @@ def select(store: Path, data: Data) -> Selection:
     comparable: Comparable = documents.comparable if data.duplicates.across == "stream" else _always
     general = np.array([stream.use == "validation" for stream in data.streams])
     if data.duplicates.remove != "none" or general.any():
+        used: Bool = documents.reason == KEPT
         if data.duplicates.remove == "none":
-            comparable = documents.leaking(general)
-        twin = exact_twins(keys, documents.reason == KEPT, comparable)
+            comparable, used = documents.leaking(general), _may_leak(keys, used, *documents.watched_and_trained(general))
+        twin = exact_twins(keys, used, comparable)
         _give_reasons(documents, twin, np.flatnonzero(twin >= 0), DUPLICATE)
     del keys
     if data.duplicates.remove == "near":
@@ -166,6 +167,12 @@ class _Documents:
 
         return leaks
 
+    def watched_and_trained(self, general: Bool) -> tuple[Bool, Bool]:
+        """Which documents, bool [N] each, are of a stream for validation, and which are trained on."""
+        rest = np.zeros(len(self.names), np.bool_)
+        counts = np.diff(self.starts)
+        return np.repeat(np.concatenate([general, rest]), counts), np.repeat(np.concatenate([rest, ~rest]), counts)
+
     def selection(self, twin: Int64) -> Selection:
         streams = len(self.names)
         choices: dict[tuple[str, Split], Choice] = {}
@@ -179,6 +186,21 @@ class _Documents:
                 twin=np.where(own >= 0, own - self.starts[section], -1),
             )
         return Selection(names=self.names, choices=choices)
+
+
+def _may_leak(keys: tuple[UInt64, UInt64], used: Bool, watched: Bool, trained: Bool) -> Bool:
+    """Of the ``used`` documents the first of each equal ones that are ``watched``, and those ``trained`` on that may equal one.
+
+    Copies among which none is watched would be compared each with all the others, and a text may be there a million times.
+    """
+    found = np.flatnonzero(used & watched)
+    pairs, first = np.unique(np.stack([half[found] for half in keys], axis=1), axis=0, return_index=True)
+    chosen = np.zeros(len(used), np.bool_)
+    if len(found):
+        place = np.minimum(np.searchsorted(pairs[:, 0], keys[0]), len(pairs) - 1)
+        chosen = used & trained & (pairs[place, 0] == keys[0])
+        chosen[found[first]] = True
+    return chosen
 
 
 def _read(

@@ -135,7 +135,7 @@ def _check_room(out: Path, needed: int) -> None:
         raise PlanError(
             f"the export takes {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
             where=str(out),
-            hint="free some space, or choose a folder on another disk with --out",
+            hint="free some space, or choose a folder on another disk",
         )
 
 
@@ -150,7 +150,7 @@ def _write_weights(
     files: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name.removeprefix(CUSTOM_PREFIX): _whole(source, prefix + name).to(dtype) for name in names}
+        tensors = {name.removeprefix(CUSTOM_PREFIX): whole_tensor(source, prefix + name).to(dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
@@ -158,7 +158,8 @@ def _write_weights(
         Storage(str(folder)).write_json(INDEX_FILE, index)
 
 
-def _whole(source: TensorSource, name: str) -> torch.Tensor:
+def whole_tensor(source: TensorSource, name: str) -> torch.Tensor:
+    """All of ``name``, without gaps in memory."""
     shape = source.shape(name)
     return source.read(name, Region((0,) * len(shape), shape)).contiguous()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from training import Measured, Shape, Trial, device_name, gigabytes, recipe_of, release, row, share_of_peak, trial, wait
+from training import Measured, Shape, Trial, device_name, gigabytes, recipe_of, release, row, trial, wait
 
 from outgrow.errors import OutgrowError
 
@@ -314,4 +314,4 @@ SECTIONS: Mapping[str, tuple[str, Callable[[torch.device, bool], str]]] = {
     "syncs": ("Steps that wait for the device", syncs),
 }
 
-__all__ = ["SECTIONS", "device_name", "share_of_peak"]
+__all__ = ["SECTIONS", "device_name"]

@@ -55,8 +55,8 @@ def held(recipe: Recipe, parts: Parts, layout: Layout, largest_tensor: int) -> H
     ):
         gradients = masters
     if isinstance(recipe.parallel, Fsdp2) and recipe.parallel.offload == "cpu":
-        host = {"weights": (masters + frozen) / shard, "optimizer": optimizer / shard, "gradients": masters / shard}
-        return Held((packed / shard) + scales, 0, gradients - masters / shard, host, 0)
+        host = {"weights": (masters + frozen + packed) / shard, "optimizer": optimizer / shard, "gradients": masters / shard}
+        return Held(scales, 0, gradients - masters / shard, host, 0)
     return Held((masters + frozen + packed) / shard + scales, optimizer / shard, gradients, {}, 0)
 
 

@@ -1,7 +1,10 @@
-"""Keys of DeepSpeed's own configuration that follow from the recipe, each with what to set in their place. Pure."""
+"""Keys of DeepSpeed's own configuration that follow from the recipe, each with what to set in their place, and those that a
+recipe may give. Pure."""
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,6 +56,66 @@ DECIDED: Mapping[str, str] = {
     "zero_optimization.zero_hpz_partition_size": _STATES,
 }
 """Key paths that a recipe may not give under ``parallel.deepspeed``. A path stands for all that lies below it."""
+
+FREE = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+)
+"""Keys that a recipe may give, as they change nothing that is learned. DeepSpeed passes over a key that it does not know."""
+
+_SECTIONS = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_COUNTS = (
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.offload_param.buffer_count",
+    "zero_optimization.offload_param.buffer_size",
+)
+"""What the forecast of memory counts with."""
+
+
+def faults(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with ``given``: keys that are neither ``FREE`` nor decided, and values of another kind than DeepSpeed's."""
+    heads = {path.partition(".")[0] for path in DECIDED}
+    for key in given:
+        if key not in FREE and key not in heads:
+            near = difflib.get_close_matches(key, FREE, n=1)
+            yield f"{key}: " + (f"did you mean {near[0]}?" if near else "cannot be set here") + f" Allowed: {', '.join(FREE)}"
+    for path in _SECTIONS:
+        for value in _at(given, path):
+            if not isinstance(value, Mapping):
+                yield f"{path} is {value!r}; allowed: keys and values"
+    for path in _COUNTS:
+        for value in _at(given, path):
+            if not _is_count(value):
+                yield f"{path} is {value!r}; allowed: a whole number; leave it out for the one that plan shows"
+
+
+def _is_count(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0 and value == int(value)
+
+
+def _at(given: Mapping[str, Any], path: str) -> tuple[Any, ...]:
+    """The value at a path of keys; none where it was not given."""
+    value: Any = given
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return ()
+        value = value[key]
+    return (value,)
 
 
 def decided_keys(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

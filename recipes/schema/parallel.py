@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from outgrow.recipes.schema.deepspeed_keys import decided_keys
+from outgrow.recipes.schema.deepspeed_keys import decided_keys, faults
 from outgrow.recipes.schema.section import Section
 
 
@@ -64,6 +64,8 @@ class Zero(Section):
             yield "offload_optimizer", f"stage {self.stage} offloads to cpu alone; set stage: 3, or cpu here"
         for key, instead in decided_keys(self.deepspeed):
             yield "deepspeed", f"{key} is decided by the recipe; set {instead}"
+        for fault in faults(self.deepspeed):
+            yield "deepspeed", fault
 
 
 Parallel = Annotated[AutoParallel | Ddp | Fsdp2 | Zero, Field(discriminator="kind")]

@@ -21,7 +21,7 @@ class WholeLogits(Section):
 
 
 class ChunkedLogits(Section):
-    """Some tokens at a time, their scores computed again in the backward pass: never more than a chunk of them in memory."""
+    """Some tokens at a time, and their gradients while their scores are there: never more than a chunk of scores in memory."""
 
     kind: Literal["chunked"]
     tokens: int = Field(default=1024, ge=1)

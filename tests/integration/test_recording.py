@@ -178,7 +178,7 @@ def test_where_nothing_can_be_recorded_training_goes_on_and_says_so(dataset: Dat
 
 def test_a_failed_run_says_so_in_its_record(dataset: Dataset) -> None:
     explodes = {"kind": "custom", "factory": "training_jobs:explodes", "options": {"at": 2}}
-    spec = job(dataset, "failed", 8, schedule=explodes, optimizer={"learning_rate": 1e-3, "clip_norm": 0.0})
+    spec = job(dataset, "failed", 8, schedule=explodes, optimizer={"kind": "adamw", "learning_rate": 1e-3, "clip_norm": 0.0})
     with pytest.raises(TrainingError, match="not finite"):
         run(spec)
     last = record(attempts(spec)[0])
@@ -192,7 +192,7 @@ def test_a_save_in_flight_when_a_run_fails_is_told(dataset: Dataset, monkeypatch
 
     monkeypatch.setattr(saving, "commit", slowly)
     explodes = {"kind": "custom", "factory": "training_jobs:explodes", "options": {"at": 4}}
-    spec = job(dataset, "in-flight", 8, schedule=explodes, optimizer={"learning_rate": 1e-3, "clip_norm": 0.0})
+    spec = job(dataset, "in-flight", 8, schedule=explodes, optimizer={"kind": "adamw", "learning_rate": 1e-3, "clip_norm": 0.0})
     with pytest.raises(TrainingError, match=r"not finite[^$]*step-00000004"):
         run(spec)
     (save,) = records(dataset, "in-flight", "checkpoint")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from doctor import need
 from engine_cases import Case, Outcome, on_ranks, train
+from tiny_runs import Place, tiny_place
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 """Measured over 20 steps: fp32 1e-6 in losses of 4.1 to 4.6 and 2e-7 in norms of 1."""
@@ -80,3 +81,28 @@ def test_offload_to_a_disk_trains_as_plain(tmp_path: Path) -> None:
         assert outcome.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE["fp32"]), name
         assert outcome.norms == pytest.approx(expected.norms, rel=0, abs=TOLERANCE["fp32"]), name
     assert not list(disk.iterdir()), "the ranks have ended, and nothing of theirs is left"
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(900)
+def test_a_run_on_ray_goes_on_in_another_engine(tmp_path: Path) -> None:
+    """ZeRO-3 with CPU offload inside Ray Train, then FSDP2 from its checkpoint: the losses of FSDP2 all the way."""
+    words = ["train", "recipe.yaml", "schedule.options.seconds=0", "checkpoint.every_steps=3"]
+    offload = ["parallel.kind=zero", "parallel.offload_optimizer=cpu", "parallel.offload_parameters=cpu"]
+    for folder in ("switched", "straight"):
+        (tmp_path / folder).mkdir()
+    with tiny_place(tmp_path / "switched") as place:
+        said = place.run(*words, "duration.steps=6", *offload, timeout_s=300)
+        assert "step 6/6  finished" in said
+        said = place.run(*words, "duration.steps=12", timeout_s=300)
+        assert "step 12/12  finished" in said
+        switched = losses(place)
+    with tiny_place(tmp_path / "straight") as place:
+        place.run(*words, "duration.steps=12", timeout_s=300)
+        straight = losses(place)
+    assert sorted(switched) == list(range(1, 13))
+    assert switched == pytest.approx(straight, rel=0, abs=TOLERANCE["fp32"])
+
+
+def losses(place: Place) -> dict[int, float]:
+    return {record.step: record.loss for record in place.records() if record.kind == "step" and record.loss is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from outgrow.recipes.schema.optimizer import AdamW
 from outgrow.trainers.bring_up import first_weights
 from outgrow.trainers.engines import make_engine, unmarked
 from outgrow.trainers.engines.ddp import _buckets
-from outgrow.trainers.engines.forward import to_device
 from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.regions import Region, local_part
 from outgrow.trainers.validation import validate
@@ -38,13 +36,6 @@ class Kept:
 
     def read(self, name: str, region: Region) -> torch.Tensor:
         return self._tensors[name][region.slices]
-
-
-def test_every_tensor_of_a_batch_goes_to_the_device() -> None:
-    moved = to_device(batch(rows_of_steps()[0], LENGTH), torch.device("meta"))
-    assert {field.name: getattr(moved, field.name).device.type for field in fields(Batch)} == {
-        name: "meta" for name in ("token_ids", "targets", "weights", "segments", "positions", "pairs", "row_ids")
-    }
 
 
 @pytest.fixture
@@ -124,6 +115,18 @@ def test_weights_alone_leave_the_optimizer_new() -> None:
     )
     assert parameters_digest(fresh) == parameters_digest(engine)
     assert not any(tensor.any() for name, tensor in fresh.tensors().items() if name.startswith("optim/"))
+
+
+@pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize("reshard", [True, False])
+def test_what_is_loaded_after_an_evaluation_is_what_computes(reshard: bool) -> None:
+    case = Case(engine="fsdp2", settings={"parallel": {"kind": "fsdp2", "reshard_after_forward": reshard}})
+    rows, engine = rows_of_steps(), born_engine(case)
+    born = Kept(engine.tensors())
+    expected = list(trained_steps(engine, case, 0, rows[:2]))
+    engine.evaluate(batch(rows[0], LENGTH))
+    engine.load(born)
+    assert list(trained_steps(engine, case, 0, rows[:2])) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])

@@ -12,6 +12,7 @@ from outgrow.cluster.fit import Machine, memory_refusals
 from outgrow.cluster.plan import make_plan, render
 from outgrow.cluster.presets_page import FOLDER, SHAPES, llama_facts
 from outgrow.contracts import Gpu, Inventory, Plan
+from outgrow.recipes import combinations
 from outgrow.recipes.loading import load
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.site import Site
@@ -84,6 +85,21 @@ def test_each_change_that_is_offered_fits(tmp_path: Path, model: str, on: Machin
         changed = recipe(tmp_path, *shlex.split(f"{common} {option.removesuffix(', or ')}"), model=model)
         assert refusals(changed, on) == [], option
     assert cards, refusal.nearest
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("model={kind: custom, factory: 'models.gpt:gpt'}",), ("precision=fp32", "attention=varlen")],
+    ids=["a loss in parts is not for custom models", "a rule is broken already"],
+)
+def test_what_cannot_be_had_does_not_stand_in_the_way_of_what_can(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    asked, on = recipe(tmp_path, *overrides), machine(8, 80)
+    facts = llama_facts(SHAPES["llama-3-8b"], asked)
+    (refusal,) = memory_refusals(asked, facts, on)
+    said = refusal.nearest.removeprefix("add ").partition(", ")[0]
+    changed = recipe(tmp_path, *overrides, *shlex.split(said))
+    assert memory_refusals(changed, facts, on) == []
+    assert combinations.refusals(changed, "cuda") == combinations.refusals(asked, "cuda")
 
 
 def test_the_number_of_cards_is_the_least_that_holds_it(tmp_path: Path) -> None:

@@ -70,6 +70,18 @@ def test_a_copy_of_one_of_its_documents_is_not_trained_on(tmp_path: Path, remove
     assert general.validation_documents == len(HELD_OUT)
 
 
+def test_copies_of_what_is_not_held_out_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    copies = [A[0]] * 20
+    made = make_dataset(
+        tmp_path,
+        {"a": (A + copies + HELD_OUT[:1] * 3, copies), "general": ([], HELD_OUT + HELD_OUT[:2] * 2)},
+        options={"general": GENERAL},
+    )
+    a, general = made.card.streams
+    assert a.dropped == {"like_validation": 3} and a.documents == len(A) + 20
+    assert general.validation_documents == len(HELD_OUT) + 4 and not general.dropped
+
+
 def test_without_one_nothing_is_compared_that_was_not_asked_for(tmp_path: Path) -> None:
     made = make_dataset(tmp_path, {"a": (A + A[:3], documents(2, 7)), "z": (B, A[:2])})
     assert not any(stream.dropped for stream in made.card.streams)

@@ -186,6 +186,13 @@ def test_offload_says_where_states_go_and_what_a_step_moves() -> None:
         assert moved.host["checkpoint"] == pytest.approx(12 * parameters / nodes)
 
 
+def test_with_offload_of_fsdp2_4_bit_weights_lie_in_memory_too() -> None:
+    asked = recipe(adapter=QLORA, parallel={"kind": "fsdp2", "offload": "cpu"})
+    found, packed = foreseen("8B of Llama 3", asked), count(asked, llama_facts(SHAPES["llama-3-8b"], asked)).whole.packed
+    assert found.device["weights"] < 0.05 * packed, "their scales alone"
+    assert found.host["weights"] > packed / 2
+
+
 def test_masks_are_counted_where_a_kernel_needs_them() -> None:
     def kept(attention: str, device: str) -> int:
         return tensors(foreseen("8B of Llama 3", recipe(8192, attention=attention), device=device))

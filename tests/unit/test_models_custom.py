@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import custom_gpt
@@ -166,13 +167,20 @@ def test_rows_longer_than_its_positions_are_refused() -> None:
 
 def test_a_factory_that_cannot_be_used_is_refused() -> None:
     for factory, words in {
-        "no_such_module:gpt": "no_such_module:gpt cannot be imported: No module named 'no_such_module'",
+        "no_such_module:gpt": "no_such_module:gpt cannot be imported: ModuleNotFoundError: No module named",
         "custom_gpt:no_such": "custom_gpt:no_such cannot be imported",
         "math:sqrt": r"math:sqrt\(vocab_size=97, \*\*options\) raised TypeError",
         "builtins:dict": "builtins:dict returned dict; it must be a torch.nn.Module",
     }.items():
         with pytest.raises(ModelError, match=words):
             config_for(recipe(factory), Site(), Card())
+
+
+def test_a_module_that_breaks_as_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_python_in_here.py").write_text("def gpt(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="no_python_in_here:gpt cannot be imported: SyntaxError"):
+        config_for(recipe("no_python_in_here:gpt"), Site(), Card())
 
 
 @contextmanager

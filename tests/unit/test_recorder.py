@@ -95,7 +95,7 @@ def test_a_reader_never_sees_half_a_change_while_a_writer_hammers_nor_after_it_w
             assert len(values) == 1 or 0.0 in values, "torn"
             seen |= values if len(values) == 1 else set()
         kill(writer)
-        assert len(seen) > 100
+        assert len(seen) > 20
         last = read_record(path)
         assert last is not None and len(set(last.values())) == 1
 
@@ -148,9 +148,10 @@ def test_wall_seconds_add_up_over_kills_and_restarts_and_no_counter_goes_back(tm
     assert record["first_start"] == pytest.approx(began, abs=0.05)
     assert sum(wall(record).values()) == pytest.approx(record["touched"] - record["first_start"], rel=0.001)
     assert sum(wall(record).values()) == pytest.approx(record["touched"] - began, rel=0.01)
-    assert wall(record)["idle"] == pytest.approx(0.6, rel=0.2)
-    assert wall(record)["restore"] == pytest.approx(0.15, rel=0.3)
-    assert 0.3 < wall(record)["recompute"] < 0.6, "ten steps twice, less the data that they waited for"
+    # A sleep may be longer on a busy machine, never shorter.
+    assert 0.6 <= wall(record)["idle"] < 1.5
+    assert 0.14 < wall(record)["restore"] < 0.5
+    assert 0.3 < wall(record)["recompute"] < 1.2, "ten steps twice, less the data that they waited for"
     assert wall(record)["stalled"] == pytest.approx(record["phase_s.data_wait"], rel=0.05)
 
 

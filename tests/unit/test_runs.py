@@ -82,7 +82,7 @@ def test_an_extended_run_goes_on_and_says_what_changed(storage: Storage) -> None
 
 def test_a_changed_learning_rate_is_taken_on_request_alone(storage: Storage) -> None:
     started = take(storage)
-    changed = recipe(optimizer={"learning_rate": 2e-3}, duration={"steps": 200})
+    changed = recipe(optimizer={"kind": "adamw", "learning_rate": 2e-3}, duration={"steps": 200})
     with pytest.raises(RunError) as caught:
         take(storage, changed)
     assert str(caught.value) == (

@@ -84,6 +84,26 @@ def test_what_lies_below_a_decided_key_is_refused_too() -> None:
         recipe(deepspeed={"optimizer": {"params": {"lr": 1.0}}})
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"zero_optimisation": {}}, r"zero_optimisation: did you mean zero_optimization\? Allowed: zero_optimization, aio"),
+        ({"progressive_layer_drop": {"enabled": True}}, r"progressive_layer_drop: cannot be set here"),
+        ({"zero_optimization": 3}, r"zero_optimization is 3; allowed: keys and values"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"reduce_bucket_size is 'auto'; allowed: a whole number"),
+        ({"zero_optimization": {"stage3_max_live_parameters": float("nan")}}, r"stage3_max_live_parameters is nan"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_or_stumble_on_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        recipe(deepspeed=given)
+
+
+def test_what_changes_nothing_that_is_learned_may_be_set() -> None:
+    given = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 1e6, "offload_param": {}}}
+    assert config(stage=3, deepspeed=given)["wall_clock_breakdown"] is True
+
+
 def test_a_disk_is_the_first_tier_or_none(tmp_path: Path) -> None:
     offloads = recipe(stage=3, offload_optimizer="nvme")
     with pytest.raises(SiteError, match="declares no disk") as refused:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,8 +22,8 @@ from outgrow.trainers.adapters.identity import BASE_FILE
 from outgrow.trainers.adapters.lora import ADAPTER_NAME, peft_config
 from outgrow.trainers.adapters.merge import PREFIX
 from outgrow.trainers.adapters.sources import MAGNITUDE, A, B
-from outgrow.trainers.adapters.targets import Chosen, choose
-from outgrow.trainers.export import DTYPES, ExportDtype, copy_tokenizer, existing, write_folder
+from outgrow.trainers.adapters.targets import Chosen, choose, within
+from outgrow.trainers.export import DTYPES, ExportDtype, copy_tokenizer, existing, whole_tensor, write_folder
 from outgrow.trainers.models.weights import tied_names
 from outgrow.trainers.regions import Region, TensorSource
 
@@ -74,7 +73,7 @@ def export_adapter(
     count = sum(Region((), source.shape(name)).numel for name in names.values())
 
     def write(folder: Path) -> None:
-        tensors = {key: _whole(source, name).to(DTYPES[dtype]) for key, name in names.items()}
+        tensors = {key: whole_tensor(source, name).to(DTYPES[dtype]) for key, name in names.items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config = peft_config(adapter, _shortest(base.model, chosen), whole or None)
         config.target_modules = sorted(config.target_modules or ())  # peft makes a set of it, whose order changes
@@ -90,7 +89,7 @@ def export_adapter(
 def _names(model: nn.Module, source: TensorSource, whole: Iterable[str]) -> dict[str, str]:
     """For each tensor of peft's file, its name in the checkpoint. ``ModelError`` where the checkpoint has others."""
     parameters = dict(model.named_parameters())
-    kept = {f"{_PEFT_PREFIX}{name}": PREFIX + name for name in parameters if _inside(name, whole)}
+    kept = {f"{_PEFT_PREFIX}{name}": PREFIX + name for name in parameters if within(name, whole)}
     held = [name for name in source.names() if name.startswith(PREFIX)]
     adapted = {_PEFT_PREFIX + _peft_name(name.removeprefix(PREFIX)): name for name in held if name.endswith((A, B, MAGNITUDE))}
     missing, extra = set(kept.values()) - set(held), set(held) - set(kept.values()) - set(adapted.values())
@@ -117,18 +116,14 @@ def _shortest(model: nn.Module, chosen: Chosen) -> list[str]:
 def _outermost(names: Iterable[str]) -> list[str]:
     kept: list[str] = []
     for name in sorted(names):
-        if not _inside(name, kept):
+        if not within(name, kept):
             kept.append(name)
     return kept
 
 
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def _refuse_tied(model: PreTrainedModel, whole: Iterable[str]) -> None:
     tied: Mapping[str, str] = tied_names(model)
-    both = sorted({name for pair in tied.items() for name in pair if _inside(name, whole)})
+    both = sorted({name for pair in tied.items() for name in pair if within(name, whole)})
     if both:
         raise ModelError(
             f"{', '.join(both)}: trained whole, and one matrix for embedding and head; peft would load a copy for one of them, "
@@ -136,8 +131,3 @@ def _refuse_tied(model: PreTrainedModel, whole: Iterable[str]) -> None:
             where="adapter.fully_trained",
             hint="outgrow export RUN FOLDER --merged",
         )
-
-
-def _whole(source: TensorSource, name: str) -> torch.Tensor:
-    shape = source.shape(name)
-    return source.read(name, Region((0,) * len(shape), shape)).contiguous()

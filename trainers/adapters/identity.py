@@ -8,7 +8,6 @@ export`` wrote, the manifest has the digests of all bytes, and those count.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from outgrow.recipes.schema.adapter import NoAdapter
 from outgrow.recipes.schema.model import FolderModel
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import file_digest, fingerprint
-from outgrow.trainers.models.weights import INDEX_FILE, SINGLE_FILE, read_manifest
+from outgrow.trainers.models.weights import read_manifest, weight_file_names
 
 BASE_FILE = "outgrow-base.json"
 """In an exported adapter: the ``BaseIdentity`` that it belongs to."""
@@ -53,9 +52,9 @@ def base_of(recipe: Recipe, site: Site) -> BaseIdentity | None:
 
 
 def folder_identity(folder: Path) -> BaseIdentity:
-    """The identity of a folder that ``FolderWeights`` can open; reads a few MB of each of its files."""
+    """The identity of a folder of weights; reads a few MB of each of its files. ``ModelError`` as of ``FolderWeights``."""
     manifest = read_manifest(folder)
-    names = [CONFIG, *_weight_files(folder)]
+    names = [CONFIG, *weight_file_names(folder)]
     if manifest is not None and set(names) <= manifest.files.keys():
         return BaseIdentity(files={name: manifest.files[name] for name in names})
     return BaseIdentity(
@@ -86,12 +85,6 @@ def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 def _short(identity: BaseIdentity | None) -> str:
     return identity.digest[:16] if identity else "none that is a folder"
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if not (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    return sorted(set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()))
 
 
 def _sampled_digest(path: Path) -> str:

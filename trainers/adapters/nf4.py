@@ -98,10 +98,17 @@ class QuantisedSource(Protocol):
 def swap_linears(model: PreTrainedModel, names: Collection[str], compute_dtype: torch.dtype) -> None:
     """Put an ``Nf4Linear`` in the place of each linear layer of ``names`` (modules), its weight packed, on meta and frozen.
 
-    Raises ``ModelError`` for layers that cannot be kept in 4 bits, and for a model with matrices outside of linear layers.
+    Raises ``ModelError`` for layers that cannot be kept in 4 bits, for none at all, and for a model with matrices outside of
+    linear layers.
     """
     if compute_dtype not in COMPUTE_DTYPES:
         raise ModelError(f"NF4 computes in float32 or 16 bits, not in {compute_dtype}", hint="precision: bf16 or fp32")
+    if not names:
+        raise ModelError(
+            "no linear layer of the blocks is frozen, so there is none to keep in 4 bits",
+            where="adapter.base",
+            hint="adapter.base: full, or make adapter.fully_trained narrower",
+        )
     _refuse_other_matrices(model)
     problems = [problem for name in names if (problem := _fault(model.get_submodule(name), compute_dtype))]
     if problems:

@@ -44,7 +44,7 @@ def choose(model: nn.Module, adapter: Lora) -> Chosen:
     trained = [name for name, module in modules.items() if next(module.parameters(), None) is not None]
     whole = _matching(adapter.fully_trained, trained, "fully_trained", "module")
     if adapter.targets == "all-linear":
-        adapted = [name for name, module in linear.items() if id(module) in in_blocks and not _within(name, whole)]
+        adapted = [name for name, module in linear.items() if id(module) in in_blocks and not within(name, whole)]
         if not adapted:
             raise ModelError(
                 "all-linear finds no layer that is not trained whole already",
@@ -53,7 +53,7 @@ def choose(model: nn.Module, adapter: Lora) -> Chosen:
             )
     else:
         adapted = _matching(adapter.targets, list(linear), "targets", "linear layer")
-    both = [name for name in adapted if _within(name, whole)]
+    both = [name for name in adapted if within(name, whole)]
     if both:
         raise ModelError(
             f"{', '.join(_grouped(both))}: chosen by targets and by fully_trained; a module is one or the other",
@@ -61,7 +61,7 @@ def choose(model: nn.Module, adapter: Lora) -> Chosen:
             hint="make the patterns narrower",
         )
     _refuse_tied(model, linear, adapted)
-    frozen = [name for name, module in linear.items() if id(module) in in_blocks and not _within(name, whole)]
+    frozen = [name for name, module in linear.items() if id(module) in in_blocks and not within(name, whole)]
     return Chosen(tuple(adapted), tuple(whole), tuple(frozen))
 
 
@@ -98,7 +98,8 @@ def _matching(patterns: Iterable[str], names: list[str], key: str, what: str) ->
     return [name for name in names if name in chosen]
 
 
-def _within(name: str, modules: Iterable[str]) -> bool:
+def within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of ``modules``, or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 

@@ -20,13 +20,10 @@ from outgrow.recipes.schema.speed import RecomputeCheap
 from outgrow.trainers.engines.activations import checkpoint_activations
 from outgrow.trainers.engines.offload import offload_activations
 from outgrow.trainers.models.families import blocks
+from outgrow.trainers.models.graphs import allow_graphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_GRAPHS_OF_A_BLOCK = 64
-"""Graphs that one kind of block may have: shapes that come up (short steps, stages, validation), with and without gradients.
-With torch's own limit of 8 the ninth would run uncompiled without a word in the run's records."""
 
 
 def prepare_blocks(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -60,6 +57,6 @@ def _require_compiler() -> None:
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS_OF_A_BLOCK)
+    allow_graphs()
     for block in blocks:
         block.forward = torch.compile(block.forward)

@@ -1,6 +1,6 @@
 """What the loop knows of an engine: gradients in, one update out, and tensors by name for checkpoints.
 
-An engine holds a model, its AdamW state and nothing else of a run. All that it returns stays on the device; the loop
+An engine holds a model, its optimizer's state and nothing else of a run. All that it returns stays on the device; the loop
 decides when to pay for reading a number.
 """
 

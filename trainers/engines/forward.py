@@ -7,7 +7,7 @@ the device (whether its rows are packed, which tokens count) is read there, befo
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,12 @@ from outgrow.recipes.schema.speed import ChunkedLogits, WholeLogits
 from outgrow.trainers.head_loss import ChunkedNll, HeadLoss, liger_nll
 from outgrow.trainers.models.attention import set_attention
 from outgrow.trainers.models.families import TESTED
-from outgrow.trainers.models.masks import attention_inputs, moved
+from outgrow.trainers.models.masks import attention_inputs
+from outgrow.trainers.models.on_device import moved
 from outgrow.trainers.objective import weighted_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; itself where they are there already."""
-    return Batch(**{f.name: moved(getattr(batch, f.name), device) for f in fields(Batch)})
 
 
 class Forward:

@@ -103,19 +103,28 @@ class Fsdp2Engine:
         return self._optimizer.tensors()
 
     def load(self, source: TensorSource) -> None:
+        self._reshard_all()
         for name, tensor in self.tensors().items():
             fill(tensor, name, source)
 
     def load_frozen(self, source: TensorSource) -> None:
+        self._reshard_all()
         fill_all(self._frozen, source, "", self._replicas, self._device)
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
+        self._reshard_all()
         fill_all(self._parameters, source, prefix, self._replicas, self._device)
 
     def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
         total = value.clone()
         dist.all_reduce(total)
         return total
+
+    def _reshard_all(self) -> None:
+        """Let go of whole parameters that an evaluation left behind: they would compute in place of what is loaded now."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:

@@ -29,6 +29,7 @@ from outgrow.recipes.schema.speed import Attention
 from outgrow.recipes.schema.training import Precision
 from outgrow.trainers.models.custom import is_custom
 from outgrow.trainers.models.families import TESTED, attention_implementation, layer_windows
+from outgrow.trainers.models.graphs import allow_graphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,6 +188,7 @@ def _flex_attention() -> Callable[..., Any]:
 def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    allow_graphs()
     return torch.compile(flex_attention, dynamic=False)
 
 

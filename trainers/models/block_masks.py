@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from outgrow.trainers.models.on_device import moved
+
 BLOCK = 128
 """Queries and keys on a side of a square."""
 
@@ -20,15 +22,13 @@ def block_mask(segments: torch.Tensor, window: int | None, device: torch.device)
     length = segments.shape[1]
     runs = document_numbers(segments)
     some, all_of_it = squares(runs, window)
-    on_device = runs.to(device, non_blocking=True)
+    on_device = moved(runs, device)
 
     def visible(row: Any, head: Any, query: Any, key: Any) -> Any:
         sees = (query >= key) & (on_device[row, query] == on_device[row, key])
         return sees if window is None else sees & (query - key < window)
 
-    counts, places, whole_counts, whole_places = (
-        table.to(device, non_blocking=True) for table in (*_as_lists(some), *_as_lists(all_of_it))
-    )
+    counts, places, whole_counts, whole_places = (moved(table, device) for table in (*_as_lists(some), *_as_lists(all_of_it)))
     return BlockMask.from_kv_blocks(
         counts, places, whole_counts, whole_places, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(length, length)
     )

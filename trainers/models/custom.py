@@ -101,9 +101,9 @@ def _built(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     name, options = chosen["factory"], chosen["options"]
     try:
         factory = resolve_name(name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # as it is imported foreign code runs, and may not even be Python
         raise ModelError(
-            f"{name} cannot be imported: {error}",
+            f"{name} cannot be imported: {type(error).__name__}: {error}",
             where=WHERE,
             hint="the module must be importable on every node: install it there, or check its name",
         ) from error

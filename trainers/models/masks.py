@@ -15,6 +15,7 @@ from outgrow.trainers.models.attention import FLASH, FLEX, SDPA, VARLEN
 from outgrow.trainers.models.block_masks import block_mask
 from outgrow.trainers.models.custom import is_custom
 from outgrow.trainers.models.families import ALL_LAYERS, attention_implementation, layer_windows
+from outgrow.trainers.models.on_device import moved
 
 _ENDS_AT_A_TIME = 64
 """The list of documents' ends is as long as a multiple of this, so that few lengths come up."""
@@ -52,13 +53,6 @@ def attention_inputs(
         }
     masks: dict[str, Any] = {kind: _mask(segments, window, chosen, device) for kind, window in layer_windows(config).items()}
     return inputs | {"attention_mask": masks.get(ALL_LAYERS, masks)}
-
-
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``. To a GPU it goes through pinned memory: from any other the CPU would wait for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def visible(segments: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -56,10 +56,6 @@ class FolderWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._open[self._files[name]].shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """What the file keeps ``name`` in."""
-        return self._open[self._files[name]].dtype(name)
-
     def read(self, name: str, region: Region) -> torch.Tensor:
         """The values of ``region``, a view of the file that must not be written to.
 
@@ -115,6 +111,11 @@ def read_manifest(folder: Path) -> ExportManifest | None:
         return ExportManifest.from_dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"not an export manifest: {error}", where=str(path)) from error
+
+
+def weight_file_names(folder: Path) -> list[str]:
+    """The names of a folder's files of weights, sorted. Raises ``ModelError`` where there are none, or some are missing."""
+    return sorted(set(_files_of_names(folder).values()))
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:

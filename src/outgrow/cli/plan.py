@@ -133,6 +133,7 @@ def _plan_elsewhere(opened: Opened, machines: _Elsewhere, workers: int | None) -
     """Prints the plan on machines that are not here; nothing of this machine is looked at but the recipe's folders."""
     from outgrow.cluster.plan import make_plan, render
     from outgrow.contracts import Gpu, Inventory
+    from outgrow.recipes.schema.tiers import Tier
     from outgrow.streaming.build import find
     from outgrow.trainers.models.build import facts
 
@@ -147,6 +148,8 @@ def _plan_elsewhere(opened: Opened, machines: _Elsewhere, workers: int | None) -
         nodes=machines.nodes,
     )
     there = opened.with_site(device="cuda", workers=workers or count, threads_per_worker="auto")
+    if machines.disk_bytes is not None and not there.site.tiers:
+        there = there.with_site(tiers=(Tier(name="disk", path="/disk"),))  # there is one, whatever it is called
     dataset = find(opened.recipe, opened.site)
     made = make_plan(
         there.recipe,
