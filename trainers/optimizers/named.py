@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 _CLIP_EPS = 1e-6
 """Added to the norm that gradients are divided by, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
+_RUN = 65536
+"""Elements of a gradient whose squares a CPU adds up at once."""
+
 
 class NamedOptimizer:
     """``Optimizer`` but for ``_update``, which moves every parameter by its clipped ``.grad``.
@@ -38,7 +41,8 @@ class NamedOptimizer:
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        runs = [run for gradient in self._gradients() for run in _runs(gradient)]
+        return torch.stack(torch._foreach_norm(runs)).square().sum()
 
     def step(self, learning_rate: float, grad_norm: torch.Tensor) -> None:
         """Scale the gradients down to the clipping norm, update, drop them. ``grad_norm``: the global one, on the device."""
@@ -58,6 +62,15 @@ class NamedOptimizer:
 
     def _gradients(self) -> list[torch.Tensor]:
         return [local(parameter.grad) for parameter in self._parameters.values() if parameter.grad is not None]
+
+
+def _runs(gradient: torch.Tensor) -> Sequence[torch.Tensor]:
+    """``gradient`` in parts whose norms lose nothing that counts.
+
+    A CPU adds float32 squares up one after the other: the norm of 4 M numbers came out 8e-5 too small, that of 64 Ki 2e-7. A
+    GPU adds them up as a tree.
+    """
+    return torch.split(gradient.flatten(), _RUN) if gradient.device.type == "cpu" else (gradient,)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
