@@ -23,7 +23,8 @@ test: $(READY)
 	$(BIN)/python -m pytest tests/unit --numprocesses 2 --dist worksteal
 	$(BIN)/python -m pytest tests --ignore tests/unit
 
-# A Ray head with a token and jobs submitted to it; two nodes, each in a network namespace of its own.
+# Long ways: a Ray head with a token and jobs submitted to it, two nodes in network namespaces of their own, the commands of the
+# README, a fine-tune from base to merged export, seven engines that continue each other.
 test-cluster: $(READY)
 	$(BIN)/python -m pytest tests -m cluster
 

@@ -30,6 +30,7 @@ def fsdp2(world: int) -> Case:
     return Case(engine="fsdp2", shard=world, precision="fp32")
 
 
+@pytest.mark.cluster
 def test_engines_continue_each_other(tmp_path: Path) -> None:
     """FSDP2 on 2 ranks goes on as ZeRO-3 on 4 and back, then through the other stages to one rank without wrapping."""
     legs = [

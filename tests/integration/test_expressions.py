@@ -77,7 +77,7 @@ def test_every_expression_of_every_dashboard_has_an_answer(server: Server) -> No
 
 def test_alerts_that_fire_say_it_in_words(server: Server) -> None:
     """What fires on these series, where every counter grows and every throttle is on."""
-    wait_for(lambda: len(server.get("alerts")["alerts"]) > 8, "nine alerts", lambda: str(server.get("alerts")), timeout_s=20)
+    wait_for(lambda: len(server.get("alerts")["alerts"]) > 8, "nine alerts", lambda: str(server.get("alerts")), timeout_s=90)
     for alert in server.get("alerts")["alerts"]:
         assert alert["state"] == "firing"
         for text in alert["annotations"].values():

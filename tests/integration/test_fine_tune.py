@@ -71,6 +71,7 @@ def test_an_adapter_beside_a_base_in_4_bits_survives_a_power_cut_and_leaves_as_p
     assert place.run("generate", "merged", "the", "--max-new-tokens", "4")
 
 
+@pytest.mark.cluster
 def test_what_cannot_work_is_refused_before_anything_is_read(place: Place) -> None:
     command = place.start("plan", "tuned.yaml", "parallel={kind: zero, stage: 3}")
     assert command.wait(60) != 0

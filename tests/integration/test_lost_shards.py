@@ -33,7 +33,7 @@ BAD = LostShard(stream="a", shard=4)
 """Steps 5 to 8 read it, 18 to 21 again."""
 EXACT = {"precision": "fp64"}
 """Tells rounding from other rows."""
-UNLIKE: dict[str, Any] = {"checkpoint": "", "seconds": 0.0}
+UNLIKE: dict[str, Any] = {"checkpoint": "", "seconds": 0.0, "best": None}
 """What two runs that learn the same may differ in."""
 
 

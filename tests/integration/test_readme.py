@@ -75,6 +75,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.cluster
 def test_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
     said = {}
     for words in commands():
@@ -88,6 +89,7 @@ def test_commands_of_the_readme_run_in_their_order(workplace: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.cluster
 def test_quickstart_sums_up(workplace: Path) -> None:
     out = run(["outgrow", "quickstart", str(PRESET)], workplace)
     assert re.search(r"unigram +\d\.\d{3} +\d\.\d{3}", out)

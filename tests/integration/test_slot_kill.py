@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -159,4 +160,6 @@ def test_deaths_while_slots_are_taken_and_removed_leave_the_tier_usable(processe
         assert sum(state.num_bytes for state in known) <= 100_000
     with take_slot(tier(hot), "datasets/s0", run="last", dataset_bytes=100_000, smallest=100_000, patience_s=0) as slot:
         assert slot.room_bytes == 100_000
-    assert {path.name for path in (hot / "shards").iterdir()} <= {".lock", "mine", "note", "s0.0", "s1.0"}
+    left = {path.name for path in (hot / "shards").iterdir()} - {".lock", "mine", "note"}
+    # One taken while that of the same store was half removed has the next number.
+    assert all(re.fullmatch(r"s[01]\.\d", name) for name in left), left
