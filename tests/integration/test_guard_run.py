@@ -76,7 +76,9 @@ def test_a_general_set_is_measured_before_during_and_after_and_is_no_part_of_the
     losses = general(dataset, "unguarded")
     assert min(losses, key=losses.__getitem__) == 8 and losses[0] > losses[8] < losses[12] < losses[16] < losses[STEPS]
     assert unguarded.best is not None and unguarded.best.step == 8 and unguarded.best.loss == losses[8]
-    assert saved_steps(dataset, "unguarded") == [24, 20, 8], "two newest, and the best by the general set"
+    newest, before, best = saved_steps(dataset, "unguarded")
+    # A save that was due while the one before was still written is some steps late.
+    assert newest == 24 and 20 <= before < 24 and best == 8, "two newest, and the best by the general set"
     assert records(dataset, "unguarded", "end")[0].detail["best"] == unguarded.best.to_dict()
 
 
