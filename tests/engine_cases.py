@@ -276,12 +276,16 @@ def born_weights(case: Case) -> dict[str, torch.Tensor]:
 def on_ranks(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
     """The outcomes of ``cases`` on as many processes as the largest asks for; fails with the first rank that fails."""
     (folder / "cases.json").write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
-    world = max(case.world for case in cases.values())
+    run_ranks(__file__, max(case.world for case in cases.values()), folder)
+    return {name: Outcome(**outcome) for name, outcome in json.loads((folder / "results.json").read_text()).items()}
+
+
+def run_ranks(script: str, world: int, folder: Path) -> None:
+    """Returns once ``world`` processes of ``script RANK FOLDER`` have ended well; fails with the first that fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     warnings = [argument for rule in ("error", *TORCH_WARNS_ITSELF) for argument in ("-W", rule)]
     ranks = [
-        subprocess.Popen([sys.executable, *warnings, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(world)
+        subprocess.Popen([sys.executable, *warnings, script, str(rank), str(folder)], env=environment) for rank in range(world)
     ]
     try:
         while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
@@ -291,7 +295,6 @@ def on_ranks(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:
         for process in ranks:
             process.kill()
             process.wait()
-    return {name: Outcome(**outcome) for name, outcome in json.loads((folder / "results.json").read_text()).items()}
 
 
 def _main(rank: int, folder: Path) -> None:

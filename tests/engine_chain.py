@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import TORCH_WARNS_ITSELF, Case, born_engine, rows_of_steps, trained_steps, whole
+from engine_cases import Case, born_engine, rows_of_steps, run_ranks, trained_steps, whole
 
 from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.commit import Group, StepState
@@ -55,20 +53,7 @@ class Passed:
 def run_chain(legs: Sequence[Leg], folder: Path) -> list[Passed]:
     """The outcome of each leg, trained by as many processes as the widest asks for; fails with the first rank that fails."""
     (folder / "legs.json").write_text(json.dumps([asdict(leg) for leg in legs]))
-    warnings = [argument for rule in ("error", *TORCH_WARNS_ITSELF) for argument in ("-W", rule)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, *warnings, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(max(leg.case.world for leg in legs))
-    ]
-    try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
-            time.sleep(0.1)
-        assert not any(rank.returncode for rank in ranks), "a rank failed"
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    run_ranks(__file__, max(leg.case.world for leg in legs), folder)
     return [Passed(**passed) for passed in json.loads((folder / "results.json").read_text())]
 
 
