@@ -270,7 +270,7 @@ def whole(held: Held) -> torch.Tensor:
 def born_weights(case: Case) -> dict[str, torch.Tensor]:
     """The whole parameters that the case's engine starts from, float32, by transformers' names."""
     source = SeededWeights(case.config(), SEED)
-    return {name: source.read(name, Region((0,) * len(source.shape(name)), source.shape(name))) for name in source.names()}
+    return {name: source.read(name, Region.whole(source.shape(name))) for name in source.names()}
 
 
 def on_ranks(cases: dict[str, Case], folder: Path) -> dict[str, Outcome]:

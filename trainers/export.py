@@ -161,7 +161,7 @@ def _write_weights(
 def whole_tensor(source: TensorSource, name: str) -> torch.Tensor:
     """All of ``name``, without gaps in memory."""
     shape = source.shape(name)
-    return source.read(name, Region((0,) * len(shape), shape)).contiguous()
+    return source.read(name, Region.whole(shape)).contiguous()
 
 
 def _write_config(folder: Path, config: PretrainedConfig, architecture: str, dtype: torch.dtype) -> None:

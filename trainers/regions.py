@@ -7,7 +7,7 @@ loop fills a model of any layout, and no rank holds more than one whole tensor a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, TypeAlias
@@ -25,6 +25,12 @@ class Region:
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Iterable[int]) -> Region:
+        """The box that covers all of a tensor of ``shape``."""
+        lengths = tuple(shape)
+        return cls((0,) * len(lengths), lengths)
 
     @property
     def numel(self) -> int:
@@ -136,7 +142,7 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Region]:
     if isinstance(tensor, DTensor):
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         return tensor.to_local(), Region(tuple(offset), tuple(shape))
-    return tensor, Region((0,) * tensor.dim(), tuple(tensor.shape))
+    return tensor, Region.whole(tensor.shape)
 
 
 def fill(held: Held, name: str, source: TensorSource) -> None:

@@ -70,7 +70,7 @@ def read_whole(storage: Storage, run: str) -> Tensors:
     ref = newest(storage, run)
     assert ref is not None
     reader = open_checkpoint(storage, ref)
-    return {name: reader.read(name, Region((0,) * len(reader.shape(name)), reader.shape(name))) for name in reader.names()}
+    return {name: reader.read(name, Region.whole(reader.shape(name))) for name in reader.names()}
 
 
 def same(a: Tensors, b: Tensors) -> bool:

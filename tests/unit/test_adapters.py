@@ -50,7 +50,7 @@ def lora(**keys: Any) -> Lora:
 
 def whole(weights: Any, name: str) -> torch.Tensor:
     shape = weights.shape(name)
-    return weights.read(name, Region((0,) * len(shape), shape))
+    return weights.read(name, Region.whole(shape))
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------

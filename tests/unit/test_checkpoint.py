@@ -215,7 +215,7 @@ def test_any_box_of_any_pieces_equals_the_slice_of_the_whole(data: st.DataObject
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
     whole = torch.randint(0, 1 << 15, shape).to(dtype)
-    boxes = cut(Region((0,) * len(shape), shape), lambda a, b: data.draw(st.integers(a, b)), depth=3)
+    boxes = cut(Region.whole(shape), lambda a, b: data.draw(st.integers(a, b)), depth=3)
     storage = Storage(f"memory://{uuid4()}")
     group = Group(RUN, "one", 0, 2)
     parts = []

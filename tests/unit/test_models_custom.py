@@ -59,7 +59,7 @@ def born(chosen: Recipe) -> Engine:
 
 def weights_of(chosen: Recipe) -> dict[str, torch.Tensor]:
     source = SeededWeights(config_for(chosen, Site(), Card()), SEED)
-    return {name: source.read(name, Region((0,) * len(source.shape(name)), source.shape(name))) for name in source.names()}
+    return {name: source.read(name, Region.whole(source.shape(name))) for name in source.names()}
 
 
 def by_hand(chosen: Recipe, steps: list[Any]) -> list[tuple[float, float]]:

@@ -17,7 +17,7 @@ from outgrow.trainers.regions import Region
 
 def whole(source: SeededWeights, name: str) -> torch.Tensor:
     shape = source.shape(name)
-    return source.read(name, Region((0,) * len(shape), shape))
+    return source.read(name, Region.whole(shape))
 
 
 def born_by_transformers(config: PretrainedConfig, seed: int) -> dict[str, torch.Tensor]:

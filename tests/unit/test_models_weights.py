@@ -175,7 +175,7 @@ def test_new_tokens_begin_as_the_mean_of_those_that_are_there(family: str, tmp_p
     folder = FolderWeights(tmp_path)
     grown = filled(config, source)
     for name, parameter in grown.named_parameters():
-        given = folder.read(name, Region((0,) * parameter.dim(), folder.shape(name)))
+        given = folder.read(name, Region.whole(folder.shape(name)))
         if parameter.shape == given.shape:
             assert torch.equal(parameter, given), name
             continue
@@ -206,6 +206,6 @@ def test_a_vocabulary_that_did_not_grow_is_the_folders(llama: Path) -> None:
     source, folder = GrownWeights(llama, model), FolderWeights(llama)
     source.check(model)
     for name in folder.names():
-        whole = Region((0,) * len(folder.shape(name)), folder.shape(name))
+        whole = Region.whole(folder.shape(name))
         assert source.shape(name) == folder.shape(name)
         assert torch.equal(source.read(name, whole), folder.read(name, whole))

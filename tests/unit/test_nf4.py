@@ -138,7 +138,7 @@ def test_a_model_computes_as_one_of_the_dequantised_numbers(family: str, tmp_pat
 
 
 def whole(tensor: torch.Tensor) -> Region:
-    return Region((0,) * tensor.dim(), tuple(tensor.shape))
+    return Region.whole(tensor.shape)
 
 
 def test_what_cannot_be_kept_in_4_bits_is_refused_by_name() -> None:

@@ -145,7 +145,7 @@ def test_a_run_takes_configuration_and_weights_from_the_copy(tmp_path: Path) -> 
     config = config_for(recipe, kept.site, vocabulary)
     weights = first_weights(recipe, kept.site, config, meta_model(config, recipe.precision))
     for name, values in model.named_parameters():
-        assert torch.equal(weights.read(name, Region((0,) * values.dim(), tuple(values.shape))), values)
+        assert torch.equal(weights.read(name, Region.whole(values.shape)), values)
 
 
 def test_an_original_on_a_faster_tier_is_read_rather_than_a_copy(tmp_path: Path) -> None:

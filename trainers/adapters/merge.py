@@ -76,4 +76,4 @@ class MergedWeights:
 
     def _whole(self, name: str) -> torch.Tensor:
         shape = self._trained.shape(name)
-        return self._trained.read(name, Region((0,) * len(shape), shape))
+        return self._trained.read(name, Region.whole(shape))

@@ -88,7 +88,7 @@ class CheckpointReader:
 
     def read(self, name: str, region: Region) -> torch.Tensor:
         """The values of ``region``, in the dtype that was saved, on the CPU."""
-        whole = Region((0,) * len(self.shape(name)), self.shape(name))
+        whole = Region.whole(self.shape(name))
         if region.numel and region.intersect(whole) != region:
             raise ModelError(
                 f"{name} has shape {whole.shape}; asked for {region.shape} at {region.offset}", where=self.ref.folder

@@ -46,7 +46,7 @@ class GrownWeights(FolderWeights):
     def read(self, name: str, region: Region) -> torch.Tensor:
         if name not in self._rows or self.shape(name) == super().shape(name):
             return super().read(name, region)
-        whole = Region((0,) * len(region.shape), super().shape(name))
+        whole = Region.whole(super().shape(name))
         known = region.intersect(whole)
         new = region.shape[0] - (known.shape[0] if known else 0)
         parts = [super().read(name, known)] if known else []

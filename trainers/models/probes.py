@@ -224,7 +224,7 @@ def _row_shards(shape: tuple[int, ...], ranks: int) -> Iterator[Region]:
 
 def _whole(source: TensorSource, name: str) -> torch.Tensor:
     shape = source.shape(name)
-    return source.read(name, Region((0,) * len(shape), shape))
+    return source.read(name, Region.whole(shape))
 
 
 def _token_ids(rows: int, length: int) -> torch.Tensor:

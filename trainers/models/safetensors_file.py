@@ -46,7 +46,7 @@ class SafetensorsFile:
         dtype = DTYPES[entry.dtype]
         if not region.numel:
             return torch.empty(region.shape, dtype=dtype)
-        if region.intersect(Region((0,) * len(entry.shape), entry.shape)) != region:
+        if region.intersect(Region.whole(entry.shape)) != region:
             raise ModelError(f"{name} has shape {entry.shape}; asked for {region.shape} at {region.offset}")
         if not entry.shape:
             return self._elements(entry, 0, 1, dtype).reshape(())
