@@ -1,11 +1,15 @@
 """Speed and memory on one GPU: an 8B pretrained, a 70B fine-tuned in 4 bits, a 1B beside transformers' Trainer, each switch.
 
-    python benchmarks/gpu.py [--section qlora ...] [--out FILE]       on a box with a GPU
-    python benchmarks/gpu.py --dry-run                                every section at toy sizes on the CPU
+    python benchmarks/gpu.py --section qlora [--out FILE]      one section, on a box with a GPU
+    python benchmarks/gpu.py [--out FILE]                      all of them, each in a process of its own
+    python benchmarks/gpu.py --dry-run [--section NAME]        at toy sizes on the CPU
 
-Needs torch, transformers, peft, bitsandbytes, pydantic and this repository, which need not be installed. All weights are
-random: nothing is downloaded. Each section is a process of its own, so that one that fails leaves the others their memory.
-Without --out the result goes to ``benchmarks/gpu_<card>_<date>.md``.
+FILE is written anew with every row, and what other sections left in it stays: sections that are run one after the other land in
+one file, and a process that is killed leaves the rows that it had. Without --out it is ``benchmarks/gpu_<card>_<date>.md``.
+Every row goes to stderr too, as it comes, with the traceback of a row that failed.
+
+Needs torch, transformers, accelerate and pydantic, for ``qlora`` peft and bitsandbytes too, and this repository, which need not
+be installed. All weights are random: nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,15 +19,47 @@ import os
 import re
 import subprocess
 import sys
-import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "gpu"), str(HERE), str(HERE.parent / "src")]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "gpu"), str(HERE.parent / "src")]
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "flash-attn")
+ALLOCATOR = "expandable_segments:True"
+ENVIRONMENT = {
+    "PYTORCH_ALLOC_CONF": ALLOCATOR,
+    "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR,  # its name before torch 2.9
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as in a run: deterministic kernels ask for it
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+"""What holds where the caller's environment says nothing else; read as torch and transformers are imported."""
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger-kernel", "flash-attn")
+"""Those whose versions a result names."""
+NEEDED = ("torch", "transformers", "accelerate", "safetensors", "pydantic", "yaml", "fsspec")
+"""Modules that every section imports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """``needs``: modules that it imports besides."""
+
+    title: str
+    needs: tuple[str, ...] = ()
+
+
+SECTIONS: Mapping[str, Section] = {
+    "pretraining": Section(title="Continued pretraining of an 8B (goal: 50% MFU on an H200)"),
+    "qlora": Section(title="QLoRA of a 70B", needs=("peft", "bitsandbytes")),
+    "trainer": Section(title="A 1B beside transformers' Trainer"),
+    "switches": Section(title="Each switch by itself"),
+    "syncs": Section(title="Steps that wait for the device"),
+}
 
 
 def versions() -> str:
@@ -37,70 +73,89 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def one(name: str, dry: bool) -> str:
-    """Markdown of a section, made in this process."""
+def lacking(section: str) -> list[str]:
+    """Modules that the section cannot do without and that are not here."""
+    return [name for name in (*NEEDED, *SECTIONS[section].needs) if find_spec(name) is None]
+
+
+def run(name: str, dry: bool, out: Path | None) -> bool:
+    """Measure a section in this process, and write it to ``out``; whether it came to its end."""
+    if missing := lacking(name):
+        say(f"{name}: not measured, as not installed here: {', '.join(missing)}")
+        return False
     import torch
-    from sections import SECTIONS
 
-    title, section = SECTIONS[name]
-    device = torch.device("cpu" if dry else "cuda")
-    return f"## {title}\n\n{section(device, dry)}\n"
+    if not dry and not torch.cuda.is_available():
+        say("torch sees no GPU here; --dry-run goes through every section at toy sizes on the CPU")
+        return False
+    try:
+        from attempts import in_a_line
+        from report import Report
+        from sections import SECTIONS as measured
+        from training import device_name
+
+        from outgrow.processes import end_rank
+    except ModuleNotFoundError as error:
+        if error.name is None:
+            raise
+        say(f"{name}: not measured, as not installed here: {error.name}")
+        return False
+    device = torch.device("cpu") if dry else torch.device("cuda", 0)
+    card = "a dry run on the CPU" if dry else device_name(device)
+    if out is None and not dry:
+        out = HERE / f"gpu_{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}_{date.today().isoformat()}.md"
+    command = f"`python benchmarks/gpu.py --section {name}{' --dry-run' if dry else ''}`"
+    report = Report(out, SECTIONS[name].title, f"{command}; {card}; {versions()}; {date.today().isoformat()}.")
+    fault = ""
+    try:
+        for line in measured[name](device, dry):
+            report.add(line)
+    except Exception as error:  # of a row it would be the row's text: this is what no row can outlive
+        traceback.print_exc()
+        fault = in_a_line(error)
+    report.end(fault)
+    if fault and not dry:
+        end_rank(1)  # to take down what CUDA left in an unknown state could hang
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return not fault
 
 
-def in_its_own_process(name: str) -> str:
-    """Markdown of a section, or how it ended."""
-    environment = os.environ | {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as in a run: deterministic kernels ask for it
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    start = time.monotonic()
-    made = subprocess.run(
-        [sys.executable, __file__, "--alone", name], env=environment, stdout=subprocess.PIPE, text=True, check=False
-    )
-    print(f"{name}: {time.monotonic() - start:.0f} s, exit status {made.returncode}", file=sys.stderr, flush=True)
-    text = made.stdout[made.stdout.find("## ") :] if "## " in made.stdout else ""
-    return text if made.returncode == 0 else f"## {name}\n\nended with status {made.returncode}\n{text}"
+def in_its_own_process(name: str, out: Path | None) -> bool:
+    """Whether the section came to its end; one that does not leaves the next a whole device all the same."""
+    command = [sys.executable, __file__, "--section", name, *(["--out", str(out)] if out else [])]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        say(f"{name}: exit status {status}")
+    return status == 0
 
 
-def head(card: str, command: str) -> str:
-    today = date.today().isoformat()
-    return f"# One GPU: speed and memory\n\n    {command}\n\n{card}; {versions()}; {today}. GB are 1e9 bytes.\n"
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    from sections import SECTIONS, device_name
-
+def main() -> int:
+    """The exit status: 0 where every section came to its end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", choices=tuple(SECTIONS), nargs="+", default=list(SECTIONS), help="these alone")
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, in this process")
-    parser.add_argument("--out", type=Path, help="where the result goes")
-    parser.add_argument("--alone", choices=tuple(SECTIONS), help="one section in this process (used by the script itself)")
+    parser.add_argument("--section", choices=tuple(SECTIONS), help="this one alone")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, all in this process")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the result goes; a dry run without it writes no file")
     given = parser.parse_args()
-    if given.alone:
-        print(one(given.alone, dry=False))
-        return
-    import torch
-
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    names = [given.section] if given.section else list(SECTIONS)
     if given.dry_run:
-        torch.set_num_threads(1)  # at toy sizes a second one only waits
-        made = []
-        for name in given.section:
-            start = time.monotonic()
-            made.append(one(name, dry=True))
-            print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-        card = "a dry run on the CPU"
-    elif not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU here; --dry-run goes through every section at toy sizes on the CPU")
+        if find_spec("torch"):
+            import torch
+
+            torch.set_num_threads(1)  # at toy sizes a second one only waits
+        ended = [run(name, True, given.out) for name in names]
+    elif given.section:
+        ended = [run(given.section, False, given.out)]
     else:
-        made = [in_its_own_process(name) for name in given.section]
-        card = device_name(torch.device("cuda"))
-    text = "\n".join([head(card, " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])), *made])
-    print(text)
-    if given.out or not given.dry_run:
-        name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-        (given.out or HERE / f"gpu_{name}_{date.today().isoformat()}.md").write_text(text)
+        ended = [in_its_own_process(name, given.out) for name in names]
+    return 0 if all(ended) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

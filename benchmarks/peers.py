@@ -17,7 +17,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import yaml
 HERE = Path(__file__).parent / "peers"
 ELSEWHERE = ("litgpt", "trl")
 """Contenders that are not installed with outgrow."""
+SIZES = (1, 2, 4, 8)
+"""Rows a micro-batch that are tried."""
 RESAMPLES = 10_000
 
 
@@ -125,20 +127,17 @@ def settings_of(file: Path, kind: str, threads: int, peers: Path | None) -> dict
     }
 
 
-def tune(chosen: dict[str, dict[str, Any]], rounds: int, peers: Path | None, *, show: bool) -> str:
-    """Tokens a second of each contender by rows a micro-batch, compiled and not."""
-    lines = ["| contender | rows a micro-batch | compiled | tokens/s, median |", "|---|---|---|---|"]
+def tune(chosen: dict[str, dict[str, Any]], rounds: int, peers: Path | None, *, show: bool) -> Iterator[str]:
+    """Lines of a table: tokens a second of each contender by rows a micro-batch, and of the best of those compiled."""
+    yield "| contender | rows a micro-batch | compiled | tokens/s, median |"
+    yield "|---|---|---|---|"
     for name, settings in chosen.items():
-        sizes = [size for size in (1, 2, 4, 8) if size <= settings["rows"]]
-        tried = {
-            f"{micro_rows}/{compiled}": {**settings, "micro_rows": micro_rows, "compile": compiled}
-            for micro_rows in sizes
-            for compiled in (False, True)
-        }
-        for label, found in rates_of(tried, rounds, peers, show=show).items():
-            micro_rows, _, compiled = label.partition("/")
-            lines.append(f"| {name} | {micro_rows} | {compiled} | {statistics.median(found):,.0f} |")
-    return "\n".join(lines)
+        sizes = {str(size): {**settings, "micro_rows": size, "compile": False} for size in SIZES if size <= settings["rows"]}
+        found = {size: statistics.median(rates) for size, rates in rates_of(sizes, rounds, peers, show=show).items()}
+        best = max(found, key=lambda size: found[size])
+        compiled = {best: {**sizes[best], "compile": True}}
+        yield from (f"| {name} | {size} | no | {rate:,.0f} |" for size, rate in found.items())
+        yield f"| {name} | {best} | yes | {statistics.median(rates_of(compiled, rounds, peers, show=show)[best]):,.0f} |"
 
 
 def main() -> None:
@@ -156,7 +155,8 @@ def main() -> None:
         print(f"\n{kind}\n")
         settings = settings_of(given.settings, kind, given.threads, given.peers)
         if given.tune:
-            print(tune(settings, given.rounds, given.peers, show=given.show), flush=True)
+            for line in tune(settings, given.rounds, given.peers, show=given.show):
+                print(line, flush=True)
             continue
         print(table(rates_of(settings, given.rounds, given.peers, show=given.show), settings), flush=True)
 

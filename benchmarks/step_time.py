@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from outgrow.contracts import IGNORE_INDEX, Batch, Layout
+from outgrow.processes import end_rank
 from outgrow.recipes.layout import resolve
 from outgrow.recipes.loading import load
 from outgrow.recipes.schema import Recipe
@@ -170,7 +171,7 @@ def rank_of_two(rank: int, folder: Path, pairs: int, rows: int) -> None:
     times = [timed(step, number) for number in range(pairs)]
     if rank == 0:
         (folder / "times.json").write_text(json.dumps(times))
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 def main(pairs: int, threads: int, rows: int) -> None:

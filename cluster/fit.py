@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from math import ceil
 from typing import Any, TypeAlias
 
 from outgrow.cluster.sizes import size
@@ -24,12 +25,15 @@ Change: TypeAlias = tuple[str, Mapping[str, Any]]
 """What to write after the recipe's file, and the sections that it changes."""
 
 _MOST_CARDS = 1024
+_SYSTEM_BYTES = 4 * 10**9
+"""Of a node's memory, for the system, Ray and what else runs there; a twentieth of a smaller memory than 80 GB."""
+_OFFLOAD_FSDP2: Change = ("parallel='{kind: fsdp2, offload: cpu}'", {"parallel": {"kind": "fsdp2", "offload": "cpu"}})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What each of ``nodes`` alike has: ``device_bytes`` on each GPU (0 on a CPU), memory, room on its first tier (None where
-    nobody knows)."""
+    nobody knows). Without ``has_tier`` nothing can be offloaded to a disk."""
 
     device: str
     workers: int
@@ -37,9 +41,10 @@ class Machine:
     device_bytes: int
     memory_bytes: int
     disk_bytes: int | None
+    has_tier: bool = True
 
     @classmethod
-    def of(cls, inventory: Inventory, device: str, workers: int, disk_bytes: int | None) -> Machine:
+    def of(cls, inventory: Inventory, device: str, workers: int, disk_bytes: int | None, *, has_tier: bool) -> Machine:
         """The machine that ``inventory`` found, its smallest GPU standing for all."""
         smallest = min((gpu.memory_bytes for gpu in inventory.gpus), default=0)
         return cls(
@@ -49,7 +54,13 @@ class Machine:
             device_bytes=smallest if device == "cuda" else 0,
             memory_bytes=inventory.memory_bytes // inventory.nodes,
             disk_bytes=disk_bytes,
+            has_tier=has_tier,
         )
+
+    @property
+    def left_to_system(self) -> int:
+        """Bytes of a node's memory that no run is planned into."""
+        return min(_SYSTEM_BYTES, self.memory_bytes // 20)
 
     @property
     def local_workers(self) -> int:
@@ -85,11 +96,12 @@ def _lacking(foreseen: Forecast, machine: Machine) -> list[tuple[str, str]]:
     in_memory = node_bytes(foreseen, machine.device, machine.local_workers)
     if machine.device == "cuda" and on_device > machine.device_bytes:
         lacking.append((f"{size(on_device)} on a GPU ({terms(foreseen.device)})", f"{size(machine.device_bytes)} on each"))
-    if in_memory > machine.memory_bytes:
+    if in_memory > machine.memory_bytes - machine.left_to_system:
+        there = f"{size(machine.memory_bytes)}, of which {size(machine.left_to_system)} are left to the system"
         parts = terms(foreseen.host)
         if machine.device != "cuda":
             parts = f"{parts}; and of each of {machine.local_workers} rank(s): {terms(foreseen.device)}"
-        lacking.append((f"{size(in_memory)} of memory on a node ({parts})", size(machine.memory_bytes)))
+        lacking.append((f"{size(in_memory)} of memory on a node ({parts})", there))
     if machine.disk_bytes is not None and on_disk > machine.disk_bytes:
         there = f"{size(machine.disk_bytes)} on the first tier"
         lacking.append((f"{size(on_disk)} on the first tier of a node ({terms(foreseen.disk)})", there))
@@ -107,32 +119,35 @@ def terms(parts: Mapping[str, int]) -> str:
 
 
 def _nearest(recipe: Recipe, facts: ModelFacts, machine: Machine) -> str:
-    """What to add to the recipe so that it fits, and how many GPUs would do.
+    """Changes each of which makes the recipe fit, apart by ``; or``: overrides to add, GPUs to take, or room on a disk.
 
     Changes of where numbers lie come first, as many as it takes; beneath them what changes more: the first that trains the
     same, else a smaller method, and offload.
     """
-    known = combinations.refusals(recipe, machine.device)
+    known = _broken(recipe, facts, machine)
     asked, sections = list[str](), dict[str, Any]()
-    for text, changes in _free_changes(recipe):
-        if not _goes_together(_with(recipe, sections | dict(changes)), machine, known):
+    room = _disk_enough(recipe, facts, machine, known)
+    for text, changes in _free_changes(recipe) if not room else ():
+        changed = _with(recipe, sections | dict(changes))
+        if not _goes_together(changed, facts, machine, known):
             continue
         asked.append(text)
         sections |= changes
-        if _fits(_with(recipe, sections), facts, machine, known):
+        if _fits(changed, facts, machine, known):
             return f"add {' '.join(asked)}"
 
     def first(changes: Iterable[Change]) -> list[str]:
         fitting = (text for text, changed in changes if _fits(_with(recipe, sections | dict(changed)), facts, machine, known))
-        return list(islice(fitting, 1))
+        return [f"add {' '.join([*asked, text])}" for text in islice(fitting, 1)]
 
-    offers = first(_same_model(recipe)) or [*first(_smaller(recipe)), *first(_offloads())]
-    cards = _cards_enough(_with(recipe, sections), facts, machine, known)
-    before = f"add {' '.join(asked)}, and " if asked else "add " if offers else ""
-    offers += [f"take {cards} such GPUs"] if cards else []
-    if not offers:
-        return "no change of parallel, optimizer, adapter or activations fits; take a smaller model"
-    return before + ", or ".join(offers)
+    offers = first(_same_model(recipe)) or [*first(_smaller(recipe)), *first(_offloads(machine))]
+    cards, parallel = _cards_enough(_with(recipe, sections), facts, machine, known)
+    if cards:
+        added = [*asked, *parallel]
+        offers.append(f"add {' '.join(added)} and take {cards} such GPUs" if added else f"take {cards} such GPUs")
+    if room:
+        offers.append(f"have {ceil(room / 10**9)} GB free on the first tier beyond its reserve, and as much capacity")
+    return "; or ".join(offers) or "no change of parallel, optimizer, adapter or activations fits; take a smaller model"
 
 
 def _free_changes(recipe: Recipe) -> Iterator[Change]:
@@ -146,10 +161,12 @@ def _free_changes(recipe: Recipe) -> Iterator[Change]:
 
 
 def _same_model(recipe: Recipe) -> Iterator[Change]:
+    yield "parallel=fsdp2", {"parallel": {"kind": "fsdp2"}}
     if isinstance(recipe.optimizer, AdamW):
         section = recipe.optimizer.model_dump(mode="json") | {"kind": "adamw_8bit"}
         yield "optimizer.kind=adamw_8bit", {"optimizer": section}
         yield "parallel=fsdp2 optimizer.kind=adamw_8bit", {"parallel": {"kind": "fsdp2"}, "optimizer": section}
+    yield _OFFLOAD_FSDP2
 
 
 def _smaller(recipe: Recipe) -> Iterator[Change]:
@@ -167,13 +184,14 @@ def _smaller(recipe: Recipe) -> Iterator[Change]:
         yield f"{text} parallel=auto", changes | {"parallel": {"kind": "auto"}}
 
 
-def _offloads() -> Iterator[Change]:
-    yield "parallel='{kind: fsdp2, offload: cpu}'", {"parallel": {"kind": "fsdp2", "offload": "cpu"}}
-    for place in ("cpu", "nvme"):
+def _offloads(machine: Machine) -> Iterator[Change]:
+    """DeepSpeed's, to memory and, where there is a tier, to disk."""
+    for place in ("cpu", "nvme") if machine.has_tier else ("cpu",):
         section = {"kind": "zero", "stage": 3, "offload_optimizer": place}
         yield f"parallel='{{kind: zero, offload_optimizer: {place}}}'", {"parallel": section}
-    whole = {"kind": "zero", "stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"}
-    yield "parallel='{kind: zero, offload_optimizer: nvme, offload_parameters: nvme}'", {"parallel": whole}
+    if machine.has_tier:
+        whole = {"kind": "zero", "stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme"}
+        yield "parallel='{kind: zero, offload_optimizer: nvme, offload_parameters: nvme}'", {"parallel": whole}
 
 
 def _with(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
@@ -186,13 +204,18 @@ def _facts_of(recipe: Recipe, facts: ModelFacts) -> ModelFacts:
     return replace(facts, adapted=facts.linear) if brought else facts
 
 
-def _goes_together(recipe: Recipe, machine: Machine, known: Sequence[Refusal]) -> bool:
+def _broken(recipe: Recipe, facts: ModelFacts, machine: Machine) -> list[Refusal]:
+    """The rules of what goes together that the recipe breaks there."""
+    return combinations.refusals(recipe, machine.device, shares_experts=machine.workers > 1 and facts.has_mixtures)
+
+
+def _goes_together(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> bool:
     """Whether the recipe breaks no rule but those that are ``known``, each of which is a refusal of its own already."""
-    return all(refusal in known for refusal in combinations.refusals(recipe, machine.device))
+    return all(refusal in known for refusal in _broken(recipe, facts, machine))
 
 
 def _fits(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> bool:
-    if not _goes_together(recipe, machine, known):
+    if not _goes_together(recipe, facts, machine, known):
         return False
     try:
         foreseen = _foresee(recipe, _facts_of(recipe, facts), machine)
@@ -201,13 +224,24 @@ def _fits(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[R
     return foreseen is not None and not _lacking(foreseen, machine)
 
 
-def _cards_enough(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> int:
-    """GPUs that hold the recipe as it is, in nodes of as many as there are now, or of up to 8; 0 where no number does."""
+def _disk_enough(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> int:
+    """Bytes of the first tier that the recipe asks for where these alone are lacking; else 0."""
+    foreseen = _foresee(recipe, facts, machine)
+    lacks_disk_alone = foreseen is not None and _fits(recipe, facts, replace(machine, disk_bytes=None), known)
+    return sum(foreseen.disk.values()) if foreseen is not None and lacks_disk_alone else 0
+
+
+def _cards_enough(recipe: Recipe, facts: ModelFacts, machine: Machine, known: Sequence[Refusal]) -> tuple[int, tuple[str, ...]]:
+    """The fewest GPUs that hold the recipe, in nodes of as many as there are now, or of up to 8, and what to add to it there:
+    nothing, or FSDP2 where that needs fewer, as offload takes memory that does not grow with them; 0 where no number does."""
     if machine.device != "cuda":
-        return 0
+        return 0, ()
     node = max(8, machine.local_workers)
+    sharded = _with(recipe, {"parallel": {"kind": "fsdp2"}})
     for cards in chain(range(machine.workers + 1, node + 1), range(2 * node, _MOST_CARDS + 1, node)):
         larger = replace(machine, workers=cards, nodes=-(-cards // node))
         if cards > machine.workers and _fits(recipe, facts, larger, known):
-            return cards
-    return 0
+            return cards, ()
+        if cards > machine.workers and _fits(sharded, facts, larger, known):
+            return cards, ("parallel=fsdp2",)
+    return 0, ()

@@ -21,11 +21,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 from outgrow.contracts import JobSpec, RestartCause, RunResult, StepRecord, TrainWorker, WorkerResult
 from outgrow.errors import OutgrowError, RestartError, TrainingError
+from outgrow.processes import end_rank
 
 OnRecord: TypeAlias = Callable[[StepRecord], None]
 
@@ -36,6 +38,8 @@ _POLL_S = 0.1
 _ECHO_S = 0.3
 """When a rank is lost, the others fail too, with a broken connection; within this time the real cause is known."""
 _EXIT_S = 10.0
+_COLLECTIVE_S = 1800.0
+"""A rank waits so long for all others, as under Ray Train; nccl's own 10 minutes end while rank 0 digests a checkpoint."""
 _OUTBOX_RECORDS = 1024
 
 
@@ -94,7 +98,8 @@ def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecor
     attempt = secrets.token_hex(4)
     if job.workers == 1:
         context = LocalContext(rank=0, world=1, attempt=attempt, cause=cause, on_record=on_record)
-        return _resolve(train_worker)(job, context)
+        with _own_group():
+            return _resolve(train_worker)(job, context)
     name = train_worker if isinstance(train_worker, str) else _name_of(train_worker)
     with socket.create_server((_LOOPBACK, 0)) as listener, contextlib.ExitStack() as started:
         ranks = [_start(job, name, rank, attempt, cause, listener, started) for rank in range(job.workers)]
@@ -103,6 +108,22 @@ def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecor
             with contextlib.suppress(subprocess.TimeoutExpired):
                 rank.process.wait(timeout=_EXIT_S)
     return worker
+
+
+@contextlib.contextmanager
+def _own_group() -> Iterator[None]:
+    """Ends the process group that an engine makes for one rank alone where it needs one; nccl complains of one that is left."""
+
+    def is_there() -> bool:
+        distributed = sys.modules.get("torch.distributed")
+        return distributed is not None and distributed.is_initialized()
+
+    before = is_there()
+    try:
+        yield
+    finally:
+        if is_there() and not before:
+            sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _name_of(train_worker: TrainWorker) -> str:
@@ -281,7 +302,7 @@ class _Outbox:
                 return
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int) -> NoReturn:
     """Be one rank: take the task from the driver, train, and hand back the result or the exception."""
     connection: Connection[Any, Any] = Connection(descriptor)
     _end_with_driver()
@@ -292,8 +313,9 @@ def serve(descriptor: int) -> None:
         result = _train(task, outbox)
     except BaseException as error:
         outbox.last("error", (time.monotonic(), _portable(error, task.rank)))
-        os._exit(1)  # an orderly end would wait for a process group whose other ranks may hang
+        end_rank(1)
     outbox.last("result", result)
+    end_rank(0)
 
 
 def _train(task: _Task, outbox: _Outbox) -> WorkerResult:
@@ -319,7 +341,8 @@ def _join_group(task: _Task) -> None:
     world, first = task.job.workers, task.rank == 0
     listener = task.listener if first else None
     store = dist.TCPStore(_LOOPBACK, task.port, world, is_master=first, master_listen_fd=listener)  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=task.rank, world_size=world)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=task.rank, world_size=world, timeout=timedelta(seconds=_COLLECTIVE_S))
 
 
 def _portable(error: BaseException, rank: int) -> OutgrowError:

@@ -7,7 +7,7 @@ is worked out again at every start of the ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -62,22 +62,27 @@ def make_plan(
     free_bytes: int | None,
     environment: Mapping[str, str],
     tier_bytes: int | None = None,
+    one_disk: bool = False,
     cluster: str | None = None,
     reading: DataReading | None = None,
+    met: Sequence[Refusal] = (),
 ) -> Plan:
     """The plan of ``recipe`` on this machine; it cannot start where ``refusals`` is not empty, and all of them are there.
 
     ``card`` is None before the data are built. ``free_bytes`` is what the run's storage has for it, its own older
-    checkpoints included; None for a bucket. ``tier_bytes`` is the room on the site's first tier, None where nobody knows.
+    checkpoints included; None for a bucket. ``tier_bytes`` is the room on the site's first tier, None where nobody knows;
+    ``one_disk``: both are the same room.
     ``environment`` is what outgrow sets for the driver. ``cluster`` is the address of a Ray cluster of other machines than
     this one: its room is asked for when the run starts there, not here. ``reading`` is how this machine will read the
-    dataset, None where it will not, or where that is not known yet.
+    dataset, None where it will not, or where that is not known yet. ``met`` is what else a run would meet on this machine.
     """
     ranks = resolve_ranks(site, inventory)
     without_room = [] if cluster else _room_for_ranks(ranks, inventory)
-    refusals = without_room + combinations.refusals(recipe, ranks.device)
+    refusals = without_room + combinations.refusals(
+        recipe, ranks.device, shares_experts=ranks.workers > 1 and facts.has_mixtures
+    )
     layout, mix, foreseen = None, None, None
-    machine = Machine.of(inventory, ranks.device, ranks.workers, tier_bytes)
+    machine = Machine.of(inventory, ranks.device, ranks.workers, tier_bytes, has_tier=bool(site.tiers))
     try:
         layout = layouts.resolve(recipe, ranks.workers, machine.local_workers)
         foreseen = forecast(recipe, facts, layout, machine.local_workers, ranks.device)
@@ -97,9 +102,10 @@ def make_plan(
     checkpoint = state_bytes(recipe, facts) + _BESIDE_BYTES
     # One more than is kept: the oldest goes only when the new one is committed.
     run_bytes = (recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best + 1) * checkpoint
-    refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, free_bytes) + _not_learnable(recipe, card)
+    beside = sum(foreseen.disk.values()) if foreseen and one_disk else 0
+    refusals += _room_on_disk(recipe, site, run_bytes, checkpoint, beside, free_bytes) + _not_learnable(recipe, card)
     refusals += _not_profilable(recipe, ranks, steps)
-    refusals += [reading.refusal] if reading and reading.refusal else []
+    refusals += [*([reading.refusal] if reading and reading.refusal else []), *met]
     return Plan(
         run=recipe.run.name,
         workers=ranks.workers,
@@ -149,17 +155,19 @@ def _room_for_ranks(ranks: Ranks, inventory: Inventory) -> list[Refusal]:
     return refusals
 
 
-def _room_on_disk(recipe: Recipe, site: Site, run: int, checkpoint: int, free: int | None) -> list[Refusal]:
-    if free is None or run <= free:
+def _room_on_disk(recipe: Recipe, site: Site, run: int, checkpoint: int, beside: int, free: int | None) -> list[Refusal]:
+    """``beside`` are bytes that the run puts on the same disk for a tier."""
+    if free is None or run + beside <= free:
         return []
     keep = recipe.checkpoint.keep_newest + recipe.checkpoint.keep_best
-    fitting = free // checkpoint - 1
+    fitting = (free - beside) // checkpoint - 1
+    tier = f", beside {size(beside)} on the first tier, which is the same disk" if beside else ""
     fewer = f"; or keep {fitting} of them (checkpoint.keep_newest, keep_best)" if 0 < fitting < keep else ""
     return [
         Refusal(
-            asked=f"{size(run)} for {keep} checkpoints and one being written, {size(checkpoint)} each",
+            asked=f"{size(run)} for {keep} checkpoints and one being written, {size(checkpoint)} each{tier}",
             available=f"{size(free)} at {site.storage}",
-            nearest=f"free {size(run - free)}, or name another storage in site.yaml{fewer}",
+            nearest=f"free {size(run + beside - free)}, or name another storage in site.yaml{fewer}",
         )
     ]
 
@@ -321,8 +329,8 @@ def _stage_note(recipe: Recipe, number: int, first_step: int) -> str:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def render(plan: Plan) -> str:
-    """The plan as lines of plain text, the refusals last."""
+def render(plan: Plan, *, elsewhere: bool = False) -> str:
+    """The plan as lines of plain text, the refusals last; ``elsewhere``: for machines that are not here."""
     rows = [
         ("run", plan.run),
         ("ranks", f"{plan.workers} on {plan.device}, {plan.threads_per_worker} thread(s) each"),
@@ -336,7 +344,7 @@ def render(plan: Plan) -> str:
     ]
     lines = [f"{label:<8}{text}" for label, text in rows]
     if not plan.refusals:
-        return "\n".join([*lines, "", "this run can start"])
+        return "\n".join([*lines, "", "this run could start there" if elsewhere else "this run can start"])
     return "\n".join([*lines, "", "this run cannot start", *(f"  - {_sentence(refusal)}" for refusal in plan.refusals)])
 
 
@@ -361,7 +369,8 @@ def _memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"{size(sum(foreseen.host.values()))} beside them in memory: {terms(foreseen.host)}"
     if foreseen.disk:
         traffic = _traffic(foreseen)
-        yield "", f"{size(sum(foreseen.disk.values()))} on a node's first tier: {terms(foreseen.disk)}{traffic}"
+        where = "a node's first tier (its cache folder where the site has no tiers)"
+        yield "", f"{size(sum(foreseen.disk.values()))} on {where}: {terms(foreseen.disk)}{traffic}"
 
 
 def _traffic(foreseen: Forecast) -> str:
@@ -384,4 +393,5 @@ def _disk(plan: Plan) -> str:
 
 def _sentence(refusal: Refusal) -> str:
     there = f"; available: {refusal.available}" if refusal.available else ""
-    return f"{refusal.asked}{there}\n    {refusal.nearest}"
+    asked = refusal.asked.replace("\n", "\n      ")
+    return f"{asked}{there}" + (f"\n    {refusal.nearest}" if refusal.nearest else "")

@@ -45,7 +45,10 @@ ENGINES: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A choice that cannot be had: ``broken`` says of a recipe on a device whether it was made."""
+    """A choice that cannot be had: ``broken`` says of a recipe on a device whether it was made.
+
+    ``nearest`` are overrides as the command line takes them, apart by `` or `` where any one of them will do.
+    """
 
     asked: str
     why: str
@@ -69,103 +72,103 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "precision fp64 with parallel.kind zero",
         "DeepSpeed keeps its own state in float32",
-        "precision: fp32, or parallel.kind: fsdp2",
+        "precision=fp32 or parallel=fsdp2",
         lambda recipe, device: bool(_zero(recipe)) and recipe.precision == "fp64",
     ),
     Rule(
         "adapter.base nf4 with parallel.stage 3",
         "DeepSpeed would cut packed 4-bit weights into float pieces",
-        "parallel.kind: fsdp2, which shards them, or parallel.stage: 2",
+        "parallel=fsdp2",
         lambda recipe, device: _nf4(recipe) and (zero := _zero(recipe)) is not None and zero.stage == 3,
     ),
     Rule(
         "adapter.base nf4 with precision fp64",
         "bitsandbytes computes in float32 at most",
-        "precision: bf16 or fp32",
+        "precision=bf16 or precision=fp32",
         lambda recipe, device: _nf4(recipe) and recipe.precision == "fp64",
     ),
     Rule(
         "adapter.base nf4 without weights to quantise",
         "the model is made from nothing, so frozen 4-bit layers would stay random",
-        "model.kind: folder, or adapter: none",
+        "model='{kind: folder, path: FOLDER}' or adapter=none",
         lambda recipe, device: _nf4(recipe) and not isinstance(recipe.model, FolderModel),
     ),
     Rule(
         "optimizer muon with parallel.kind zero",
         "ZeRO cuts matrices into flat pieces, and Muon needs whole ones",
-        "optimizer: adamw, or parallel.kind: fsdp2",
+        "parallel=fsdp2 or optimizer.kind=adamw",
         lambda recipe, device: bool(_zero(recipe)) and isinstance(recipe.optimizer, Muon),
     ),
     Rule(
         "optimizer adamw_8bit with parallel.kind zero",
         "DeepSpeed steps by an AdamW of its own, in float32",
-        "optimizer: adamw with offload_optimizer: cpu, or parallel.kind: fsdp2",
+        "parallel=fsdp2 or optimizer.kind=adamw",
         lambda recipe, device: bool(_zero(recipe)) and isinstance(recipe.optimizer, AdamW8bit),
     ),
     Rule(
         "optimizer muon or adamw_8bit with parallel.offload cpu",
         "their steps are many small products, slow on a CPU while the device waits",
-        "optimizer: adamw",
+        "optimizer.kind=adamw or parallel.offload=none",
         lambda recipe, device: _offloads_fsdp2(recipe) and isinstance(recipe.optimizer, Muon | AdamW8bit),
     ),
     Rule(
         "cross_entropy.kind liger on a CPU",
         "Liger's kernels are Triton's, for GPUs",
-        "cross_entropy: {kind: chunked}",
+        "cross_entropy=chunked",
         lambda recipe, device: isinstance(recipe.cross_entropy, LigerLoss) and device != "cuda",
     ),
     Rule(
         "attention varlen or flash_attention_2 on a CPU",
         "their kernels are for GPUs",
-        "attention: auto",
+        "attention=auto",
         lambda recipe, device: recipe.attention in ("varlen", "flash_attention_2") and device != "cuda",
     ),
     Rule(
         "attention varlen, flex or flash_attention_2 in precision fp64",
         "their kernels do not compute in float64",
-        "attention: sdpa",
+        "attention=sdpa",
         lambda recipe, device: recipe.attention in ("varlen", "flex", "flash_attention_2") and recipe.precision == "fp64",
     ),
     Rule(
         "attention varlen or flash_attention_2 in precision fp32",
         "their kernels compute in 16 bits",
-        "precision: bf16, or attention: sdpa",
+        "precision=bf16 or attention=sdpa",
         lambda recipe, device: recipe.attention in ("varlen", "flash_attention_2") and recipe.precision == "fp32",
     ),
     Rule(
         "attention flex on a CPU",
         "flex_attention has no backward pass there",
-        "attention: auto",
+        "attention=auto",
         lambda recipe, device: recipe.attention == "flex" and device != "cuda",
     ),
     Rule(
         "activation_offload with activation_checkpointing selective",
         "the results that are kept are not handed to what offloads",
-        "activation_checkpointing: {kind: full}, whose blocks' inputs are offloaded, or {kind: none}",
+        "activation_checkpointing=full or activation_checkpointing=none",
         lambda recipe, device: recipe.activation_offload and isinstance(recipe.activation_checkpointing, RecomputeCheap),
     ),
     Rule(
         "activation_offload on a CPU",
         "activations are in the node's memory already",
-        "activation_offload: false; activation_checkpointing: {kind: full} saves memory",
+        "activation_offload=false",
         lambda recipe, device: recipe.activation_offload and device != "cuda",
     ),
     Rule(
         "an adapter on model.kind custom",
         "peft's rules of targets are for transformers' models",
-        "adapter: none",
+        "adapter=none",
         lambda recipe, device: isinstance(recipe.adapter, Lora) and isinstance(recipe.model, CustomModel),
     ),
     Rule(
         "attention with model.kind custom",
         "the model computes its attention by itself",
-        "attention: auto",
+        "attention=auto",
         lambda recipe, device: isinstance(recipe.model, CustomModel) and recipe.attention != "auto",
     ),
     Rule(
         "cross_entropy chunked or liger with model.kind custom",
         "the model gives scores, not the hidden states before them",
-        "cross_entropy: {kind: whole}",
+        "cross_entropy=whole",
         lambda recipe, device: (
             isinstance(recipe.model, CustomModel) and isinstance(recipe.cross_entropy, ChunkedLogits | LigerLoss)
         ),
@@ -173,7 +176,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "activation_checkpointing selective with parallel.stage 3",
         "DeepSpeed gathers parameters within a block, and the choice of operations would take its copies for the block's own",
-        "activation_checkpointing: {kind: full}, or parallel.stage: 2",
+        "activation_checkpointing=full or parallel=fsdp2",
         lambda recipe, device: (
             (zero := _zero(recipe)) is not None
             and zero.stage == 3
@@ -183,24 +186,37 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "compile blocks with parallel.stage 3",
         "DeepSpeed gathers parameters layer by layer within a block, so there is no whole block to compile",
-        "compile: none, or parallel.stage: 2, or parallel.kind: fsdp2",
+        "compile=none or parallel=fsdp2",
         lambda recipe, device: (zero := _zero(recipe)) is not None and zero.stage == 3 and recipe.compile == "blocks",
     ),
 )
 
 
-def refusals(recipe: Recipe, device: str) -> list[Refusal]:
-    """Every rule that ``recipe`` breaks on ``device`` (``cpu`` or ``cuda``)."""
+EXPERTS = Rule(
+    "a mixture of experts with parallel.stage 1 or 2 on several ranks",
+    "DeepSpeed adds gradients up in the order in which they come, which is another on a rank where no token chose an expert",
+    "parallel.stage=3 or parallel=fsdp2",
+    lambda recipe, device: (zero := _zero(recipe)) is not None and zero.stage < 3,
+)
+"""The rule that holds where ``shares_experts``: it depends on the model and on the ranks as well."""
+
+
+def refusals(recipe: Recipe, device: str, *, shares_experts: bool = False) -> list[Refusal]:
+    """Every rule that ``recipe`` breaks on ``device`` (``cpu`` or ``cuda``).
+
+    ``shares_experts``: its model is a mixture of experts, and there is more than one rank.
+    """
+    rules = (*RULES, EXPERTS) if shares_experts else RULES
     return [
-        Refusal(asked=rule.asked, available=rule.why, nearest=rule.nearest) for rule in RULES if rule.broken(recipe, device)
+        Refusal(asked=rule.asked, available=rule.why, nearest=rule.nearest) for rule in rules if rule.broken(recipe, device)
     ]
 
 
-def require(recipe: Recipe, device: str) -> None:
+def require(recipe: Recipe, device: str, *, shares_experts: bool = False) -> None:
     """Nothing where ``recipe`` can be honoured on ``device``. Raises ``PlanError`` with every rule that it breaks."""
-    found = refusals(recipe, device)
+    found = refusals(recipe, device, shares_experts=shares_experts)
     if found:
         raise PlanError(
             "; ".join(f"{refusal.asked}: {refusal.available}" for refusal in found),
-            hint="; or ".join(refusal.nearest for refusal in found),
+            hint="; and ".join(refusal.nearest for refusal in found),
         )

@@ -19,6 +19,7 @@ from outgrow.errors import SiteError
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.parallel import Zero
 from outgrow.recipes.schema.site import Site
+from outgrow.storage import digest
 
 REDUCE_BUCKET = 50_000_000
 """Elements of gradients that are reduced at a time; stage 3 sets this buffer aside in float32."""
@@ -58,10 +59,11 @@ def folders(recipe: Recipe, site: Site) -> Folders:
 
 
 def extensions_folder(cache: Path) -> Path:
-    """The value of ``TORCH_EXTENSIONS_DIR``: below ``cache``, another one for each set of versions that compiles
-    differently."""
+    """The value of ``TORCH_EXTENSIONS_DIR``: below ``cache``, another one for each set of versions that compiles differently,
+    and for each environment, whose paths are in the commands that ninja compares."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return cache / "extensions" / f"deepspeed-{version('deepspeed')}-torch-{version('torch')}-{python}-{platform.machine()}"
+    versions = f"deepspeed-{version('deepspeed')}-torch-{version('torch')}-{python}-{platform.machine()}"
+    return cache / "extensions" / f"{versions}-{digest(sys.prefix.encode())[:8]}"
 
 
 def offloads_to_nvme(parallel: Zero) -> bool:

@@ -82,10 +82,26 @@ def _unknown(place: Place, root: type[Section]) -> str:
     return f"unknown key; allowed: {', '.join(allowed)}"
 
 
+_MEANT = {
+    "qlora": ("lora", "{kind: lora, base: nf4}"),
+    "dora": ("lora", "{kind: lora, dora: true}"),
+    "rslora": ("lora", "{kind: lora, scaling: rslora}"),
+    "hsdp": ("fsdp2", "{kind: fsdp2, shard: node}"),
+    "deepspeed": ("zero", "{kind: zero}"),
+    **{f"zero{stage}": ("zero", f"{{kind: zero, stage: {stage}}}") for stage in (1, 2, 3)},
+    "fp16": ("bf16", "bf16, which has the range of fp32"),
+    "float16": ("bf16", "bf16, which has the range of fp32"),
+}
+"""Words of the field that are no kinds or values here: what allows them, and how they are written."""
+
+
 def _wrong_kind(given: str, kind: Type) -> str:
     return f"given {show(given)}; allowed: {' | '.join(kind.variants)}{_nearest(given, list(kind.variants))}"
 
 
 def _nearest(given: Any, words: Sequence[str]) -> str:
+    allows, written = _MEANT.get(str(given).lower().replace("-", ""), ("", ""))
+    if allows in words:
+        return f"; did you mean {written}?"
     near = difflib.get_close_matches(given, words, n=1, cutoff=0.7) if isinstance(given, str) else []
     return f"; did you mean {near[0]}?" if near else ""

@@ -64,15 +64,7 @@ class ShardLoss(Record):
 
 def read_losses(storage: Storage, run_folder: str) -> tuple[ShardLoss, ...]:
     """All that the run has given up, by stream and shard. Raises ``IntegrityError`` for a file that does not say it."""
-    losses = []
-    for name in storage.names(f"{run_folder}/{FOLDER}"):
-        if name.startswith("."):
-            continue  # what a writer that was killed left aside
-        key = f"{run_folder}/{FOLDER}/{name}"
-        try:
-            losses.append(ShardLoss.from_dict(storage.read_json(key)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"this tells no lost shard: {error}", where=key, hint="move the file away") from None
+    losses = storage.read_records(f"{run_folder}/{FOLDER}", ShardLoss, hint="move the file away")
     return tuple(sorted(losses, key=lambda loss: (loss.stream, loss.shard)))
 
 

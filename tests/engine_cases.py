@@ -26,6 +26,7 @@ from packed import Row, batch, corpus, global_weight
 from torch.distributed.tensor import DTensor
 
 from outgrow.contracts import Layout
+from outgrow.processes import end_rank
 from outgrow.recipes.deepspeed import Folders, extensions_folder
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.adapter import Lora
@@ -70,6 +71,7 @@ _FAMILY_SIZES: dict[str, dict[str, Any]] = {
 TORCH_WARNS_ITSELF = (
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning",
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
 )
 """What torch's compiler says of torch's own code."""
 
@@ -310,10 +312,12 @@ def _main(rank: int, folder: Path) -> None:
             "gloo", store=dist.FileStore(str(folder / f"store-{world}"), world), rank=rank, world_size=world
         )
         for name, case in mine.items():
+            print(f"rank {rank} of {world}: {name}", file=sys.stderr, flush=True)  # shown where it fails
             outcomes[name] = asdict(train(case, rank))
         dist.destroy_process_group()
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(outcomes))
+    end_rank(0)
 
 
 if __name__ == "__main__":

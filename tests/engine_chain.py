@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from engine_cases import Case, born_engine, rows_of_steps, run_ranks, trained_steps, whole
 
+from outgrow.processes import end_rank
 from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.commit import Group, StepState
 from outgrow.trainers.checkpoint.resume import resume
@@ -103,6 +104,7 @@ def _main(rank: int, folder: Path) -> None:
         first += leg.steps
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(outcomes))
+    end_rank(0)
 
 
 def _wait_for_step(folder: Path, step: int) -> None:

@@ -162,6 +162,7 @@ def _main(rank: int, folder: Path) -> None:
 
     ensure_importable()
     from outgrow.contracts import Layout
+    from outgrow.processes import end_rank
     from outgrow.recipes.schema import Recipe
     from outgrow.recipes.schema.site import Site
     from outgrow.trainers.adapters.lora import adapt
@@ -208,8 +209,7 @@ def _main(rank: int, folder: Path) -> None:
     shard = sum(_present(start, num_bytes) for start, num_bytes in held.items())
     told = {"before": before, "after": after, "began": began, "ended": ended, "shard": shard}
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
-    if case.world > 1:
-        dist.destroy_process_group()
+    end_rank(0)
 
 
 def _recipe(case: Case) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from outgrow.processes import end_rank
 from outgrow.recipes.schema import optimizer as settings
 from outgrow.trainers.optimizers import make_optimizer
 from outgrow.trainers.regions import Region, fill
@@ -120,7 +121,7 @@ def _rank(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         (folder / "worst.json").write_text(json.dumps(worst))
     dist.barrier()
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:

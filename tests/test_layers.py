@@ -32,14 +32,14 @@ MAY_IMPORT = {
     "processes": set(),
     "retry": {"errors"},
     "multipart": {"errors", "retry"},
-    "storage": {"errors", "retry", "multipart"},
+    "storage": {"record", "errors", "retry", "multipart"},
     "torchvision": set(),
     "html_page": set(),
     "recipes": {"errors", "contracts", "storage"},
     "streaming": {"errors", "contracts", "processes", "retry", "storage", "torchvision", "html_page", "recipes"},
     "monitoring": {"errors", "contracts", "processes", "storage", "html_page", "recipes"},
-    "trainers": {"errors", "contracts", "storage", "torchvision", "recipes", "streaming", "monitoring"},
-    "cluster": {"errors", "contracts", "retry", "storage", "recipes", "monitoring"},
+    "trainers": {"errors", "contracts", "processes", "storage", "torchvision", "recipes", "streaming", "monitoring"},
+    "cluster": {"errors", "contracts", "processes", "retry", "storage", "recipes", "monitoring"},
 }
 HEAVY = ("torch", "ray", "transformers", "streaming", "numpy", "tokenizers", "pandas", "pyarrow")
 

@@ -33,6 +33,7 @@ from outgrow.recipes.schema.options import without_credentials
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
 from outgrow.trainers.bring_up import Started
+from outgrow.trainers.by_rank_0 import by_rank_0
 from outgrow.trainers.ceilings import Arithmetic, vendor_flops
 from outgrow.trainers.checkpoint.resume import gather_texts
 
@@ -121,9 +122,7 @@ def _open(job: JobSpec, context: Context, storage: Storage) -> Attempt:
     run = run_label(job)
     runs = records_folder(node) / run
     # Where nothing was ever said of the run, the records here are of another of the same name that was cleared away.
-    goes_on = context.rank == 0 and has_lines(storage, job.run.folder)
-    told = json.loads(gather_texts(json.dumps([_start_time(runs), goes_on]))[0])
-    started, goes_on = float(told[0]), bool(told[1])
+    started, goes_on = by_rank_0(context.rank, lambda: (_start_time(runs), has_lines(storage, job.run.folder)))
     before = _before(storage, job.run.folder, runs, context.rank) if goes_on else None
     folder = attempt_folder(node, run, started, context.attempt)
     make = partial(

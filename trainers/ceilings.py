@@ -13,7 +13,7 @@ from torch import nn
 
 from outgrow.recipes.schema.training import Precision
 from outgrow.trainers.models.custom import is_custom, looked_up
-from outgrow.trainers.models.experts import mixtures
+from outgrow.trainers.models.experts import expert_share, mixtures
 from outgrow.trainers.models.families import blocks
 
 if TYPE_CHECKING:
@@ -115,13 +115,8 @@ def _counts(model: nn.Module) -> dict[nn.Parameter, int]:
 
 def _multiplied(model: PreTrainedModel, counts: Mapping[nn.Parameter, int]) -> float:
     """With how many of the numbers of ``counts`` a token is multiplied: of experts, with those of the chosen ones."""
-    config = model.config
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts:
-        return float(sum(counts.values()))
     routed = [p for mixture in mixtures(model) for p in mixture.experts.parameters()]  # type: ignore[union-attr]
-    idle_share: float = 1 - config.num_experts_per_tok / experts
-    return sum(counts.values()) - idle_share * sum(counts.get(parameter, 0) for parameter in routed)
+    return sum(counts.values()) - (1 - expert_share(model.config)) * sum(counts.get(parameter, 0) for parameter in routed)
 
 
 def _below_the_first_trained(model: PreTrainedModel) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from outgrow.trainers.models.custom import PREFIX as CUSTOM_PREFIX
 from outgrow.trainers.models.custom import is_custom
 from outgrow.trainers.models.weights import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, read_manifest
 from outgrow.trainers.regions import Region, TensorSource
+from outgrow.trainers.scratch import claimed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,18 +80,14 @@ def write_folder(out: Path, write: Callable[[Path], None], num_bytes: int, manif
 
     Raises ``PlanError`` where the disk has no room for ``num_bytes``.
     """
-    _check_room(out, num_bytes)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
-    try:
+    with claimed(out.parent, f".{out.name}.tmp") as aside:  # an export that was killed has left its room to this one
+        _check_room(out, num_bytes)
         write(aside)
         manifest = dataclasses.replace(manifest, files=tree_digests(aside))
         Storage(str(aside)).write_json(MANIFEST_FILE, manifest.to_dict())
         sync_tree(aside)
         os.rename(aside, out)
         sync_folder(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
+from pydantic import ValidationError
 
 from outgrow.contracts import CheckpointRef, ExportManifest, RunRef
 from outgrow.errors import DataError, ModelError, RunError
@@ -57,14 +58,14 @@ def export_run(
     into the base as its folder has it (``original``), or as the run computed with it in 4 bits. ``dtype`` None: fp32 for an
     adapter alone, bf16 for what else the recipe computed in it, else fp32. A model that began with a folder needs that folder's
     ``config.json``, an adapter its weights too. Raises ``RunError`` without such a checkpoint and for a merge of what has no
-    adapter, ``DataError`` where its dataset is gone, ``ModelError`` for another base, ``IntegrityError`` for bytes that differ
-    from their digest.
+    adapter, or of a recipe that this version does not take, ``DataError`` where its dataset is gone, ``ModelError`` for another
+    base, ``IntegrityError`` for bytes that differ from their digest.
     """
     storage = site.open_storage()
     name = run.folder.rpartition("/")[2]
     ref = _checkpoint(storage, run, step)
     reader = open_checkpoint(storage, ref)
-    recipe = Recipe.model_validate(expand(reader.recipe, Recipe))
+    recipe = _recipe_of(reader)
     store = _store(storage, str(reader.loader_state["index_fingerprint"]))
     with tempfile.TemporaryDirectory(prefix="outgrow-export-") as folder:
         vocabulary = _fetch_tokenizer(storage, store, Path(folder))
@@ -135,6 +136,18 @@ def _merged(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         base = quantised_weights(base, model, site, device)
     return MergedWeights(reader, base, recipe.adapter, names)
+
+
+def _recipe_of(reader: CheckpointReader) -> Recipe:
+    try:
+        return Recipe.model_validate(expand(reader.recipe, Recipe))
+    except ValidationError as error:
+        keys = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise RunError(
+            f"its recipe is one that this version of outgrow does not take: {keys}",
+            where=reader.ref.folder,
+            hint="export it with the version that trained it",
+        ) from error
 
 
 def _checkpoint(storage: Storage, run: RunRef, step: int | None) -> CheckpointRef:

@@ -59,7 +59,7 @@ class ChunkedNll:
         self, head: nn.Module, scores: Scores, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """A scalar in float32, in float64 where ``hidden`` is."""
-        if type(head) is not nn.Linear:
+        if not _is_one_product(head):
             return self._again(scores, hidden, targets, weights)
         gradients = torch.is_grad_enabled()
         found: torch.Tensor = _HeadNll.apply(  # type: ignore[no-untyped-call]
@@ -104,15 +104,17 @@ class LigerNll:
     def __call__(
         self, head: nn.Module, scores: Scores, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        if type(head) is not nn.Linear:
-            raise ModelError(
-                "cross_entropy is liger, which takes a head without an adapter", hint="cross_entropy: {kind: chunked}"
-            )
         return self._loss(head.weight, hidden, targets, head.bias).float() * weights.max()
 
 
-def liger_nll(cap: float | None) -> LigerNll:
-    """Liger's loss; ``ModelError`` where it is not installed."""
+def liger_nll(head: nn.Module, cap: float | None) -> LigerNll:
+    """Liger's loss; ``ModelError`` where it is not installed, and for a head with an adapter."""
+    if not _is_one_product(head):
+        raise ModelError(
+            "cross_entropy is liger, which takes a head without an adapter",
+            where="cross_entropy",
+            hint="cross_entropy: {kind: chunked}",
+        )
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
     except ImportError as error:
@@ -215,6 +217,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def _is_one_product(head: nn.Module) -> bool:
+    """Whether a head is a linear layer and no more, FSDP2's subclass of one too: not with an adapter, not in 4 bits."""
+    return type(head).forward is nn.Linear.forward
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from outgrow.contracts import Context, JobSpec, JsonDict, Layout, Loader, ShardCounts, StepRows
 from outgrow.recipes.schema.site import Site
 from outgrow.storage import Storage
+from outgrow.trainers.by_rank_0 import by_rank_0
 from outgrow.trainers.checkpoint.resume import gather_texts
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ def open_tokenizer(job: JobSpec) -> Tokenizer:
 
 def lost_shards(storage: Storage, run_folder: str, rank: int) -> tuple[LostShard, ...]:
     """The shards that the run goes on without, as one rank reads them: equal on all. A collective."""
-    from outgrow.streaming.lost_shards import LostShard
     from outgrow.streaming.quarantine import read_lost
 
-    read = [shard.to_dict() for shard in read_lost(storage, run_folder)] if rank == 0 else []
-    return tuple(LostShard.from_dict(shard) for shard in json.loads(gather_texts(json.dumps(read))[0]))
+    return by_rank_0(rank, lambda: read_lost(storage, run_folder))

@@ -291,7 +291,7 @@ def _go_back(run: _Run, measured: ValidationLoss | None) -> bool:
     loss = watched(guard, measured)
     assert isinstance(guard, RollBackOnRise) and loss is not None
     run.recorder.enter("restore")
-    run.saves.wait()
+    run.saves.give_up()
     _tell_saves(run)
     wanted = RollBack.wanted(state, run.progress.step, guard.factor, why(guard, state, run.progress.step, loss))
     back = go_back(run.storage, folder, run.rank, wanted, guard.metric, run.distrusted)

@@ -8,18 +8,17 @@ and decides the same.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 from outgrow.contracts import Record
-from outgrow.errors import IntegrityError, TrainingError
+from outgrow.errors import TrainingError
 from outgrow.storage import Storage
+from outgrow.trainers.by_rank_0 import by_rank_0
 from outgrow.trainers.checkpoint.catalog import Saved, survey
 from outgrow.trainers.checkpoint.commit import discard
-from outgrow.trainers.checkpoint.resume import gather_texts
 from outgrow.trainers.checkpoint.retention import best_of
 from outgrow.trainers.guard import GuardState
 
@@ -66,8 +65,7 @@ class RollBack(Record):
 
 def settle(storage: Storage, run_folder: str, rank: int) -> tuple[RollBack, ...]:
     """The times that the run went back, in order and equal on all ranks; what they left behind is removed. A collective."""
-    known = [back.to_dict() for back in _clear_away(storage, run_folder)] if rank == 0 else []
-    return tuple(RollBack.from_dict(back) for back in json.loads(gather_texts(json.dumps(known))[0]))
+    return by_rank_0(rank, lambda: _clear_away(storage, run_folder))
 
 
 def go_back(
@@ -78,34 +76,19 @@ def go_back(
     ``wanted`` says why and with what, and not yet where to; ``distrusted`` are checkpoints that did not load. A collective,
     with no save in flight. Raises ``TrainingError`` on all ranks where it cannot be written down.
     """
-    told = ""
-    if rank == 0:
-        try:
-            back = _write(storage, run_folder, wanted, metric, distrusted)
-            told = json.dumps(back and back.to_dict())
-        except OSError as error:
-            told = json.dumps({"error": str(error)})
-    answer = json.loads(gather_texts(told)[0])
-    if answer is not None and "error" in answer:
+    try:
+        return by_rank_0(rank, lambda: _write(storage, run_folder, wanted, metric, distrusted))
+    except OSError as error:
         raise TrainingError(
-            f"the run cannot go back from step {wanted.from_step}: {answer['error']}",
+            f"the run cannot go back from step {wanted.from_step}: {error}",
             where=run_folder,
             hint="make room or mend the storage; the same command then does it",
-        )
-    return RollBack.from_dict(answer) if answer is not None else None
+        ) from error
 
 
 def read(storage: Storage, run_folder: str) -> tuple[RollBack, ...]:
     """All times that the run went back, in order. Raises ``IntegrityError`` for a file that does not say it."""
-    found = []
-    for name in storage.names(f"{run_folder}/{FOLDER}"):
-        if name.startswith("."):
-            continue  # what a writer that was killed left aside
-        key = f"{run_folder}/{FOLDER}/{name}"
-        try:
-            found.append(RollBack.from_dict(storage.read_json(key)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise IntegrityError(f"this tells of no roll back: {error}", where=key, hint="put it back from a copy") from None
+    found = storage.read_records(f"{run_folder}/{FOLDER}", RollBack, hint="put it back from a copy")
     return tuple(sorted(found, key=lambda back: back.number))
 
 

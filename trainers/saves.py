@@ -57,6 +57,11 @@ class Saves:
         while self._any_rank(self._checkpointer.busy()):
             time.sleep(_POLL_S)
 
+    def give_up(self) -> None:
+        """``wait``, and owe no save any more: the run goes on from an earlier step. A collective."""
+        self.wait()
+        self._put_off = False
+
     def results(self) -> list[SaveResult]:
         """The saves that ended since this was asked last."""
         ended, self._ended = self._ended + self._checkpointer.results(), []

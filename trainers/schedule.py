@@ -74,9 +74,9 @@ def _custom(schedule: CustomSchedule, step: int, steps: int) -> float:
 def _factory(name: str) -> Any:
     try:
         return resolve_name(name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # as it is imported foreign code runs, and may not even be Python
         raise RecipeError(
-            f"{name} cannot be imported: {error}",
+            f"{name} cannot be imported: {type(error).__name__}: {error}",
             where="schedule.factory",
             hint="the module must be importable on every node: install it there, or check its name",
         ) from error

@@ -1,42 +1,69 @@
-"""This rank's folder on the disk that ZeRO offloads to: made anew at every start, gone with the process.
+"""Folders that a process has for itself and that are gone with it: a rank's on the disk that ZeRO offloads to, an export's
+until it is whole.
 
-Nothing in it is worth keeping: checkpoints hold the same state whole and verified. A rank that is killed leaves gigabytes
-behind; its lock went with it, so whoever starts next on this disk sees that the folder is nobody's and removes it.
+Nothing in them is worth keeping by itself. A process that is killed leaves gigabytes behind; its lock went with it, so whoever
+claims such a folder next in the same place sees that this one is nobody's and removes it.
 """
 
 from __future__ import annotations
 
-import atexit
+import errno
 import fcntl
+import glob
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from outgrow.processes import at_end
+
 _LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Of file systems that know no locks: some of those on a network."""
 
 
 def claim(parent: Path) -> Path:
-    """A new empty folder below ``parent`` that is this process's until it ends. Removes those of processes that have ended."""
+    """A rank's new empty folder below ``parent``, its own until it ends. Removes those of ranks that have ended."""
+    folder, lock, held = _claim(parent, "rank")
+    at_end(partial(_remove, folder, lock, held))
+    return folder
+
+
+@contextmanager
+def claimed(parent: Path, name: str) -> Iterator[Path]:
+    """A new empty folder ``<name>-...`` below ``parent`` for the time of a ``with``, if it is not renamed before.
+
+    Removes those of the same name whose processes have ended.
+    """
+    folder, lock, held = _claim(parent, name)
+    try:
+        yield folder
+    finally:
+        _remove(folder, lock, held)
+
+
+def _claim(parent: Path, name: str) -> tuple[Path, Path, int]:
     parent.mkdir(parents=True, exist_ok=True)
-    sweep(parent)
+    sweep(parent, name)
     while True:
-        folder = parent / f"rank-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        folder = parent / f"{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         lock = folder.with_name(folder.name + _LOCK)
         held = _lock(lock, os.O_CREAT | os.O_EXCL)
         if held is not None:
             break
     folder.mkdir()
-    atexit.register(_remove, folder, lock, held)
-    return folder
+    return folder, lock, held
 
 
-def sweep(parent: Path) -> None:
-    """Remove the folders below ``parent`` whose process has ended."""
-    for lock in parent.glob(f"rank-*{_LOCK}"):
+def sweep(parent: Path, name: str = "rank") -> None:
+    """Remove the folders of that name below ``parent`` whose process has ended; another user's are theirs to remove."""
+    for lock in parent.glob(f"{glob.escape(name)}-*{_LOCK}"):
         try:
             held = _lock(lock, 0)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
         if held is not None:
             _remove(lock.with_name(lock.name.removesuffix(_LOCK)), lock, held)
@@ -52,6 +79,11 @@ def _lock(path: Path, flags: int) -> int | None:
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if flags & os.O_CREAT:  # its own all the same: on such a file system nobody can see that a folder is nobody's
+            return descriptor
     os.close(descriptor)
     return None
 

@@ -1,16 +1,21 @@
-"""The sections of ``gpu.py``: each takes a device and whether it is a dry run, and gives Markdown."""
+"""The sections of ``gpu.py``: each takes a device and whether it is a dry run, and gives lines of Markdown as it measures."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
-from training import Measured, Shape, Trial, device_name, gigabytes, recipe_of, release, row, trial, wait
+from attempts import Failed, attempt, in_a_line
+from training import Measured, Shape, Trial, gigabytes, recipe_of, release, row, trial, wait
 
-from outgrow.errors import OutgrowError
+from outgrow.recipes.schema import Recipe
 
 LLAMA_8B = Shape(name="Llama-3-8B", hidden=4096, inner=14336, layers=32, heads=32, groups=8, vocabulary=128256)
 LLAMA_70B = Shape(name="Llama-3-70B", hidden=8192, inner=28672, layers=80, heads=64, groups=8, vocabulary=128256)
@@ -46,7 +51,7 @@ BYTES_A_PARAMETER = 12
 """bfloat16 copy 2, float32 master 4, float32 gradient 4, moments in 8 bits 2."""
 
 
-def pretraining(device: torch.device, dry: bool) -> str:
+def pretraining(device: torch.device, dry: bool) -> Iterator[str]:
     """Continued pretraining of all of an 8B, by micro-batch and what is recomputed."""
     shape = TOY if dry else _fitting(LLAMA_8B, device)
     length, rows = (TOY_LENGTH, 4) if dry else (4096, 16)
@@ -56,13 +61,12 @@ def pretraining(device: torch.device, dry: bool) -> str:
         (4, {"kind": "full"}),
         (1, {"kind": "none"}),
     ]
-    lines = [
+    yield (
         f"{shape.name} shape, {shape.layers} layers, {length} tokens a row, {rows} rows a step, bf16 with float32 masters, "
-        "AdamW with moments in 8 bits: with moments in float32 the states of 8B alone take 144 GB.",
-        "",
-        row(["rows a micro-batch", "recomputed", "tokens/s", "MFU", "peak memory, GB", "reserved, GB"]),
-        row(["---"] * 6),
-    ]
+        "AdamW with moments in 8 bits: with moments in float32 the states of 8B alone take 144 GB."
+    )
+    yield ""
+    yield from _header("rows a micro-batch", "recomputed", "tokens/s", "MFU", "peak memory, GB", "reserved, GB")
     for micro_rows, checkpointing in tried[: 2 if dry else None]:
         recipe = recipe_of(
             length,
@@ -73,21 +77,26 @@ def pretraining(device: torch.device, dry: bool) -> str:
             cross_entropy=CHUNKED,
             compile="none" if dry else "blocks",
         )
-        lines.append(row([micro_rows, checkpointing["kind"], *_speed_and_memory(shape, recipe, device, dry)]))
-    return "\n".join(lines)
+        found = _measured(shape, recipe, device, 1 if dry else 3)
+        yield row([micro_rows, checkpointing["kind"], *_speed_and_memory(found)])
 
 
-def qlora(device: torch.device, dry: bool) -> str:
+def qlora(device: torch.device, dry: bool) -> Iterator[str]:
     """QLoRA of a 70B of random weights, plain and on as little memory as can be."""
     shape, length = (TOY, TOY_LENGTH) if dry else (LLAMA_70B, 2048)
     lean: dict[str, Any] = {"optimizer": EIGHT_BIT, "activation_offload": device.type == "cuda"}
-    lines = [
+    yield (
         f"{shape.name} shape, 1 row of {length} tokens, NF4 with double quantisation made on the device layer by layer, rank "
-        "16 on all linear layers of the blocks, blocks recomputed, bf16.",
-        "",
-        row(["", "tokens/s", "peak memory, GB", "reserved, GB", "goal, GB", "made in, s", "peak meanwhile, GB"]),
-        row(["---"] * 7),
-    ]
+        "16 on all linear layers of the blocks, blocks recomputed, bf16."
+    )
+    yield ""
+    yield from _header("", "tokens/s", "peak memory, GB", "reserved, GB", "goal, GB", "made in, s", "peak meanwhile, GB")
+
+    def measured(recipe: Recipe) -> tuple[Measured, str, str]:
+        with trial(shape, recipe, device) as made:
+            making = f"{made.seconds:.0f}", gigabytes(made.peak_bytes)
+            return made.measure(1 if dry else 5), *making
+
     for name, sections, goal in (("plain, AdamW", {}, 46), ("activation offload, 8-bit AdamW", lean, 41)):
         recipe = recipe_of(
             length,
@@ -98,95 +107,69 @@ def qlora(device: torch.device, dry: bool) -> str:
             cross_entropy={"kind": "chunked", "tokens": 512},
             **sections,
         )
-        try:
-            with trial(shape, recipe, device) as made:
-                found = made.measure(1 if dry else 5)
-                making = [f"{made.seconds:.0f}", gigabytes(made.peak_bytes)]
-            memory = [gigabytes(found.peak_bytes), gigabytes(found.reserved_bytes)]
-            lines.append(row([name, f"{found.tokens_per_s:,.0f}", *memory, goal, *making]))
-        except torch.cuda.OutOfMemoryError:
-            release(device)
-            lines.append(row([name, "out of memory", "", "", goal, "", ""]))
-    return "\n".join(lines)
+        found = attempt(partial(measured, recipe), device)
+        if isinstance(found, Failed):
+            yield row([name, found.text, "", "", goal, "", ""])
+            continue
+        speed, seconds, peak = found
+        memory = [gigabytes(speed.peak_bytes), gigabytes(speed.reserved_bytes)]
+        yield row([name, f"{speed.tokens_per_s:,.0f}", *memory, goal, seconds, peak])
 
 
-def trainer(device: torch.device, dry: bool) -> str:
+def trainer(device: torch.device, dry: bool) -> Iterator[str]:
     """A 1B beside transformers' Trainer, which is compiled and has its best attention; outgrow before it and after it."""
     shape, length, rows = (replace(TOY, tied=True), TOY_LENGTH, 4) if dry else (LLAMA_1B, 2048, 32)
-    steps = 2 if dry else 8
-    ours: dict[str, float] = {}
-    theirs: dict[str, float] = {}
-
-    def measure_ours(micro_rows: int) -> float:
+    steps = 2 if dry else 6
+    ours: list[float] = []
+    theirs: list[float] = []
+    yield f"{shape.name} shape, {length} tokens a row, {rows} rows a step, float32 masters and bf16 arithmetic, fused AdamW."
+    yield ""
+    yield from _header("", "rows a micro-batch", "tokens/s")
+    for micro_rows in (2,) if dry else (8, 16, 4):
         recipe = recipe_of(length, rows, micro_rows, cross_entropy=CHUNKED, compile="none" if dry else "blocks")
-        with trial(shape, recipe, device) as made:
-            return made.measure(steps).tokens_per_s
-
-    sizes = (2,) if dry else (4, 8, 16)
-    for micro_rows in sizes:
-        ours |= _found(f"{micro_rows}", lambda size=micro_rows: measure_ours(size), device)
+        before = _measured(shape, recipe, device, steps)
+        yield row(["outgrow", micro_rows, _speed(before)])
         for attention in _attentions(device):
-            label = f"{micro_rows} {attention}"
-            theirs |= _found(
-                label,
-                lambda size=micro_rows, kernel=attention: _trainer_rate(
-                    shape, length, rows, size, kernel, steps, device, compiled=not dry
-                ),
-                device,
-            )
-    if not ours or not theirs:
-        return "out of memory in every size"
-    best, other = max(ours, key=ours.__getitem__), max(theirs, key=theirs.__getitem__)
-    again = measure_ours(int(best))
-    rate = (ours[best] + again) / 2
-    lines = [
-        f"{shape.name} shape, {length} tokens a row, {rows} rows a step, float32 masters and bf16 arithmetic, fused AdamW.",
-        "",
-        row(["", "rows a micro-batch", "tokens/s"]),
-        row(["---"] * 3),
-        *(row(["outgrow", label, f"{found:,.0f}"]) for label, found in ours.items()),
-        *(row(["transformers' Trainer, attention", label, f"{found:,.0f}"]) for label, found in theirs.items()),
-        row(["outgrow again", best, f"{again:,.0f}"]),
-        "",
-        f"outgrow / Trainer, each at its best: {rate / theirs[other]:.3f} (goal: 1.1)",
-    ]
-    return "\n".join(lines)
+            rate = partial(_trainer_rate, shape, length, rows, micro_rows, attention, steps, device, compiled=not dry)
+            found = attempt(rate, device)
+            if isinstance(found, float):
+                theirs.append(found)
+            text = found.text if isinstance(found, Failed) else f"{found:,.0f}"
+            yield row([f"transformers' Trainer, attention {attention}", micro_rows, text])
+        after = before if isinstance(before, Failed) else _measured(shape, recipe, device, steps)
+        yield row(["outgrow again", micro_rows, _speed(after)])
+        if isinstance(before, Measured) and isinstance(after, Measured):
+            ours.append((before.tokens_per_s + after.tokens_per_s) / 2)
+    yield ""
+    if ours and theirs:
+        yield f"outgrow / Trainer, each at its best: {max(ours) / max(theirs):.3f} (goal: 1.1)"
+    else:
+        yield "No ratio: one of the two was measured in no size."
 
 
-def switches(device: torch.device, dry: bool) -> str:
+def switches(device: torch.device, dry: bool) -> Iterator[str]:
     """Speed and memory of each switch of a recipe against none of them, which is measured before and after each."""
     shape, length = (TOY, TOY_LENGTH) if dry else (LLAMA_1B, 4096)
-    names = ["loss in parts"] if dry else list(SWITCHES)
-
-    def measured(sections: dict[str, Any]) -> Measured:
-        with trial(shape, recipe_of(length, 4, 4, **sections), device) as made:
-            return made.measure(1 if dry else 6)
-
-    lines = [
+    steps = 1 if dry else 6
+    yield (
         f"{shape.name} shape, 4 rows of {length} tokens a step, bf16. Ratios are to a recipe without any switch, the mean of "
-        "one run before and one after.",
-        "",
-        row(["switch", "tokens/s", "speed, ratio", "peak memory, GB", "memory, ratio"]),
-        row(["---"] * 5),
-    ]
-    before = measured({})
-    lines.append(row(["none", f"{before.tokens_per_s:,.0f}", "", gigabytes(before.peak_bytes), ""]))
-    for name in names:
-        try:
-            found = measured(SWITCHES[name])
-        except (torch.cuda.OutOfMemoryError, OutgrowError) as error:
-            release(device)
-            lines.append(row([name, str(error).partition("\n")[0], "", "", ""]))
+        "one run before and one after."
+    )
+    yield ""
+    yield from _header("switch", "tokens/s", "speed, ratio", "peak memory, GB", "memory, ratio")
+    before = _measured(shape, recipe_of(length, 4, 4), device, steps)
+    yield row(["none", *_against(before, [])])
+    for name in ["loss in parts"] if dry else SWITCHES:
+        found = _measured(shape, recipe_of(length, 4, 4, **SWITCHES[name]), device, steps)
+        if isinstance(found, Failed):
+            yield row([name, *_against(found, [])])
             continue
-        after = measured({})
-        speed = 2 * found.tokens_per_s / (before.tokens_per_s + after.tokens_per_s)
-        memory = f"{found.peak_bytes / after.peak_bytes:.2f}" if after.peak_bytes else ""
-        lines.append(row([name, f"{found.tokens_per_s:,.0f}", f"{speed:.3f}", gigabytes(found.peak_bytes), memory]))
+        after = _measured(shape, recipe_of(length, 4, 4), device, steps)
+        yield row([name, *_against(found, [plain for plain in (before, after) if isinstance(plain, Measured)])])
         before = after
-    return "\n".join(lines)
 
 
-def syncs(device: torch.device, dry: bool) -> str:
+def syncs(device: torch.device, dry: bool) -> Iterator[str]:
     """Whether a step that is not logged waits for the device: CUDA calls that would are errors meanwhile."""
     shape, length = (TOY, TOY_LENGTH) if dry else (replace(LLAMA_1B, layers=4), 2048)
     cases: dict[str, dict[str, Any]] = {
@@ -196,11 +179,15 @@ def syncs(device: torch.device, dry: bool) -> str:
         "QLoRA": {"adapter": {"kind": "lora", "base": "nf4"}},
         "FSDP2 on one rank": {"parallel": {"kind": "fsdp2"}},
     }
-    lines = [row(["", "waits for the device"]), row(["---"] * 2)]
+
+    def waited(recipe: Recipe) -> str:
+        with trial(shape, recipe, device) as made:
+            return _waits(made)
+
+    yield from _header("", "waits for the device")
     for name, sections in cases.items():
-        with trial(shape, recipe_of(length, 4, 2, **sections), device) as made:
-            lines.append(row([name, _waits(made)]))
-    return "\n".join(lines)
+        found = attempt(partial(waited, recipe_of(length, 4, 2, **sections)), device)
+        yield row([name, found.text if isinstance(found, Failed) else found])
 
 
 def _waits(made: Trial) -> str:
@@ -215,7 +202,8 @@ def _waits(made: Trial) -> str:
     try:
         made.step()
     except RuntimeError as error:
-        return str(error).partition("\n")[0]
+        traceback.print_exc(file=sys.stderr)  # where
+        return in_a_line(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return "no"
@@ -229,24 +217,41 @@ def _fitting(shape: Shape, device: torch.device) -> Shape:
     return replace(shape, layers=min(shape.layers, int((room / BYTES_A_PARAMETER - outer) / layer)))
 
 
-def _speed_and_memory(shape: Shape, recipe: Any, device: torch.device, dry: bool) -> list[str]:
-    try:
+def _header(*names: str) -> Iterator[str]:
+    """The two lines that begin a table."""
+    yield row(names)
+    yield row(["---"] * len(names))
+
+
+def _measured(shape: Shape, recipe: Recipe, device: torch.device, steps: int) -> Measured | Failed:
+    def measure() -> Measured:
         with trial(shape, recipe, device) as made:
-            found: Measured = made.measure(1 if dry else 4)
-    except torch.cuda.OutOfMemoryError:
-        release(device)
-        return ["out of memory", "", "", ""]
+            return made.measure(steps)
+
+    return attempt(measure, device)
+
+
+def _speed(found: Measured | Failed) -> str:
+    return found.text if isinstance(found, Failed) else f"{found.tokens_per_s:,.0f}"
+
+
+def _speed_and_memory(found: Measured | Failed) -> list[str]:
+    if isinstance(found, Failed):
+        return [found.text, "", "", ""]
     mfu = f"{found.mfu:.1%}" if found.mfu else ""
-    return [f"{found.tokens_per_s:,.0f}", mfu, gigabytes(found.peak_bytes), gigabytes(found.reserved_bytes)]
+    return [_speed(found), mfu, gigabytes(found.peak_bytes), gigabytes(found.reserved_bytes)]
 
 
-def _found(label: str, measure: Callable[[], float], device: torch.device) -> dict[str, float]:
-    """``label`` and what was measured; nothing where memory was short."""
-    try:
-        return {label: measure()}
-    except torch.cuda.OutOfMemoryError:
-        release(device)
-        return {}
+def _against(found: Measured | Failed, plain: Sequence[Measured]) -> list[str]:
+    """Speed with its ratio to the mean of ``plain``, and memory with that to the most of them, where there are any."""
+    if isinstance(found, Failed):
+        return [found.text, "", "", ""]
+    speed = memory = ""
+    if plain:
+        speed = f"{found.tokens_per_s / fmean(one.tokens_per_s for one in plain):.3f}"
+    if peak := max((one.peak_bytes for one in plain), default=0):
+        memory = f"{found.peak_bytes / peak:.2f}"
+    return [_speed(found), speed, gigabytes(found.peak_bytes), memory]
 
 
 def _attentions(device: torch.device) -> Iterator[str]:
@@ -266,6 +271,7 @@ def _trainer_rate(
 
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    release(device)
     warm_up = 3
     times: list[float] = []
 
@@ -274,8 +280,9 @@ def _trainer_rate(
             wait(device)
             times.append(time.perf_counter())
 
-    model = AutoModelForCausalLM.from_config(shape.config(length), attn_implementation=attention, dtype=torch.float32)
-    tokens = torch.randint(shape.vocabulary, (rows * 4, length), generator=torch.Generator().manual_seed(1))
+    with device:  # drawn there: a billion numbers take a CPU long
+        model = AutoModelForCausalLM.from_config(shape.config(length), attn_implementation=attention, dtype=torch.float32)
+    tokens = torch.randint(shape.vocabulary, (rows * (warm_up + steps), length), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -301,17 +308,14 @@ def _trainer_rate(
             data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "labels")},
             callbacks=[Clock()],
         ).train()
-    del model
-    release(device)
     return steps * rows * length / (times[-1] - times[-1 - steps])
 
 
-SECTIONS: Mapping[str, tuple[str, Callable[[torch.device, bool], str]]] = {
-    "pretraining": ("Continued pretraining of an 8B (goal: 50% MFU on an H200)", pretraining),
-    "qlora": ("QLoRA of a 70B", qlora),
-    "trainer": ("A 1B beside transformers' Trainer", trainer),
-    "switches": ("Each switch by itself", switches),
-    "syncs": ("Steps that wait for the device", syncs),
+SECTIONS: Mapping[str, Callable[[torch.device, bool], Iterator[str]]] = {
+    "pretraining": pretraining,
+    "qlora": qlora,
+    "trainer": trainer,
+    "switches": switches,
+    "syncs": syncs,
 }
-
-__all__ = ["SECTIONS", "device_name"]
+"""By the names that ``gpu.py`` has titles for."""

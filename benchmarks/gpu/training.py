@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from random_weights import RandomWeights
 
 from outgrow.torchvision import ensure_importable
 
@@ -25,14 +26,17 @@ from transformers import LlamaConfig  # noqa: E402
 from outgrow.contracts import Batch  # noqa: E402
 from outgrow.recipes.layout import resolve  # noqa: E402
 from outgrow.recipes.schema import Recipe  # noqa: E402
+from outgrow.recipes.schema.adapter import Lora  # noqa: E402
 from outgrow.trainers.adapters.lora import adapt  # noqa: E402
-from outgrow.trainers.adapters.nf4 import Scales, attach_quant_states, quantise, quantise_scales, quantised_layers  # noqa: E402
 from outgrow.trainers.adapters.sources import AdaptedWeights  # noqa: E402
 from outgrow.trainers.ceilings import arithmetic_of, vendor_flops  # noqa: E402
 from outgrow.trainers.engines import Engine, make_engine, unmarked  # noqa: E402
 from outgrow.trainers.finite import FiniteWatch  # noqa: E402
 from outgrow.trainers.models.build import checked_config, meta_model  # noqa: E402
-from outgrow.trainers.regions import Region, TensorSource  # noqa: E402
+from outgrow.trainers.regions import TensorSource  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RATE = 1e-5
 
@@ -100,45 +104,13 @@ def recipe_of(length: int, rows: int, micro_rows: int, **sections: Any) -> Recip
     )
 
 
-class RandomWeights:
-    """A ``TensorSource`` drawn on ``device`` as it is asked for; matrices of layers in 4 bits come packed.
-
-    Each is drawn in bfloat16 and quantised there, one at a time: the model in bfloat16 is never in memory.
-    """
-
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self._device = device
-        self._packed = {f"{name}.weight": layer for name, layer in quantised_layers(model)}
-        self._shapes = {name.replace(".base_layer.", "."): tuple(p.shape) for name, p in model.named_parameters()}
-        self._scales: dict[str, Scales] = {}
-
-    def names(self) -> Collection[str]:
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str, region: Region) -> torch.Tensor:
-        layer = self._packed.get(name)
-        if layer is None:
-            if len(region.shape) == 1:
-                return torch.ones(region.shape, device=self._device)
-            return torch.empty(region.shape, device=self._device, dtype=torch.bfloat16).normal_(std=0.02)
-        matrix = torch.empty(layer.out_features, layer.in_features, device=self._device, dtype=torch.bfloat16).normal_(std=0.02)
-        packed, scales = quantise(matrix.to(layer.compute_dtype), layer.compute_dtype)
-        self._scales[name] = quantise_scales(scales)
-        return packed[region.slices]
-
-    def scales(self, weight: str) -> Scales:
-        return self._scales[weight]
-
-
 class Trial:
     """A model in an engine on one device, which took ``seconds`` and at most ``peak_bytes`` to make."""
 
     def __init__(self, shape: Shape, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         torch.use_deterministic_algorithms(recipe.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # as trainers/bring_up.py has it for a run
         self._reset_peak()
         start = time.perf_counter()
         self._layout = resolve(recipe, 1, 1)
@@ -146,16 +118,33 @@ class Trial:
         model = meta_model(shape.config(self._length), recipe.precision)
         adapt(model, recipe)
         self.flops_per_token = arithmetic_of(model).flops_per_token(self._length)
-        base = RandomWeights(model, device)
-        source: TensorSource = base if recipe.adapter.kind == "none" else AdaptedWeights(base, recipe, model)
-        self.engine: Engine = make_engine(self._layout, recipe, model, device)
-        self.engine.load_model(source)
-        attach_quant_states(model, base, device)
+        self.engine: Engine = self._filled(model)
         wait(device)
         self.seconds, self.peak_bytes = time.perf_counter() - start, _peak(device)[0]
         self._watch = FiniteWatch(device)
         self._steps = 0
         self._batches = list(_batches(shape.vocabulary, recipe.batch.rows, self._layout.micro_rows, self._length))
+
+    def _filled(self, model: PreTrainedModel) -> Engine:
+        """An engine around ``model``, which has been adapted, with weights drawn on the device."""
+        recipe, device = self.recipe, self.device
+        adapter = recipe.adapter
+        if isinstance(adapter, Lora) and adapter.base == "nf4":
+            # Here alone: bitsandbytes need not be there for the rest.
+            from packed_weights import PackedRandomWeights
+
+            from outgrow.trainers.adapters.nf4 import attach_quant_states
+
+            packed = PackedRandomWeights(model, device)
+            engine = make_engine(self._layout, recipe, model, device)
+            engine.load_model(AdaptedWeights(packed, recipe, model))
+            attach_quant_states(model, packed, device)
+            return engine
+        base = RandomWeights(model, device)
+        source: TensorSource = AdaptedWeights(base, recipe, model) if isinstance(adapter, Lora) else base
+        engine = make_engine(self._layout, recipe, model, device)
+        engine.load_model(source)
+        return engine
 
     @property
     def tokens(self) -> int:
@@ -184,7 +173,7 @@ class Trial:
         wait(self.device)
         rate = steps * self.tokens / (time.perf_counter() - start)
         if not math.isfinite(float(loss)):
-            raise SystemExit(f"the loss is {float(loss)}")
+            raise ArithmeticError(f"the loss is {float(loss)}")
         peak, reserved = _peak(self.device)
         return Measured(
             tokens_per_s=rate,
@@ -194,6 +183,10 @@ class Trial:
             loss=float(loss),
         )
 
+    def drop(self) -> None:
+        """Let go of everything: who made the trial still has it, by the ``as`` of its ``with``."""
+        vars(self).clear()
+
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -202,21 +195,34 @@ class Trial:
 
 @contextmanager
 def trial(shape: Shape, recipe: Recipe, device: torch.device) -> Iterator[Trial]:
-    """A trial whose memory is given back at the end."""
-    made = [Trial(shape, recipe, device)]
+    """A trial on a device that has been given back what came before; its own memory is given back at the end.
+
+    After an error that is so only once the error is dealt with, whose traceback holds the model: hence the giving back before.
+    """
+    release(device)
+    made = Trial(shape, recipe, device)
     try:
-        yield made[0]
+        yield made
     finally:
-        made.clear()
+        made.drop()
         release(device)
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds any more; graphs of compiled blocks too."""
-    gc.collect()
+    """Give back what nobody holds any more: cycles of objects, as every engine is one, and graphs of compiled blocks."""
     torch._dynamo.reset()
-    if device.type == "cuda":
+    gc.collect()
+    if device.type == "cuda" and answers(device):
         torch.cuda.empty_cache()
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes for this process; after some errors it never does again."""
+    try:
+        wait(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def share_of_peak(flops_per_s: float, device: torch.device) -> float | None:
@@ -264,4 +270,4 @@ def gigabytes(num_bytes: int) -> str:
 
 
 def row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"

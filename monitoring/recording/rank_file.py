@@ -96,15 +96,16 @@ def read_record(path: Path) -> dict[str, float] | None:
 
 def _newest_copy(descriptor: int) -> Slots | None:
     for _ in range(_TRIES):
-        data, head = os.pread(descriptor, NUM_BYTES + 1, 0), os.pread(descriptor, _HEAD_BYTES, 0)
-        if len(data) != NUM_BYTES or len(head) != _HEAD_BYTES:
+        # Three reads, each done before the next: within one, a processor copies in what order it likes.
+        head, data, later = (os.pread(descriptor, size, 0) for size in (_HEAD_BYTES, NUM_BYTES + 1, _HEAD_BYTES))
+        if (len(head), len(data), len(later)) != (_HEAD_BYTES, NUM_BYTES, _HEAD_BYTES):
             return None
-        found, later = array.array("d", data), array.array("d", head)
+        found, sequence = array.array("d", data), array.array("d", head)[_SEQUENCE_AT]
         if found[_FORMAT_AT] != FORMAT:
             return None
         # The copy is whole unless the writer may have come round to it while it was read.
-        if later[_SEQUENCE_AT] - found[_SEQUENCE_AT] < COPIES - 1:
-            first = _FIRST + _SIZE * (int(found[_SEQUENCE_AT]) % COPIES)
+        if array.array("d", later)[_SEQUENCE_AT] - sequence < COPIES - 1:
+            first = _FIRST + _SIZE * (int(sequence) % COPIES)
             return found[first : first + _SIZE]
     return None
 

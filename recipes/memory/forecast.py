@@ -31,6 +31,9 @@ PROCESS_BYTES = {"cuda": 1_500_000_000, "cpu": 400_000_000}
 WORKER_BYTES = 250_000_000
 """Of a process that reads rows."""
 
+UPDATE_PIECE = 1 << 22
+"""Numbers whose moments in 8 bits are unpacked at a time."""
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -68,7 +71,7 @@ def forecast(recipe: Recipe, facts: ModelFacts, layout: Layout, local_world: int
         return None
     parts = count(recipe, facts)
     micro = activations(recipe, facts, layout.micro_rows, device)
-    run = _Run(recipe, facts, layout, local_world, device, parts, micro, held(recipe, parts, layout, facts.largest_tensor))
+    run = _Run(recipe, facts, layout, local_world, device, parts, micro, held(recipe, facts, parts, layout, device))
     fullest = max(_moments(run), key=lambda moment: sum(moment.values()))
     fullest["allocator"] = SLACK * sum(fullest.values())
     if device == "cuda":
@@ -94,19 +97,19 @@ def _moments(run: _Run) -> list[dict[str, float]]:
     """Bytes on the device by term at each of the moments when it may be fullest."""
     micro, own = run.micro, run.held
     gathered = _gathered(run)
-    sums_before = own.gradients if run.layout.accumulation > 1 else 0
+    sums_before, (head, waiting) = (own.gradients if run.layout.accumulation > 1 else 0), _of_head(run)
     block, root = _passing(run)
     always = {"weights": own.weights, "optimizer": own.optimizer}
     unpacked = run.compute * _largest_packed(run)
     return [
-        always | {"gathered": gathered, "gradients": sums_before, "activations": micro.kept, "scores": _scores(run)},
+        always | {"gathered": gathered.head, "gradients": sums_before, "activations": micro.kept, "scores": _scores(run)},
         always
-        | {"gathered": gathered, "gradients": sums_before + block}
+        | {"gathered": gathered.block, "gradients": max(sums_before, head) + waiting + block}
         | {"activations": micro.kept + micro.working, "unpacked": unpacked},
         always
-        | {"gathered": gathered, "gradients": own.gradients + block}
+        | {"gathered": gathered.block, "gradients": own.gradients + (waiting if sums_before else 0) + block}
         | {"activations": micro.working, "unpacked": unpacked},
-        always | {"gathered": min(gathered, _whole(run, run.parts.root)), "gradients": own.gradients + root},
+        always | {"gathered": gathered.end, "gradients": own.gradients + root},
         always | {"gradients": own.gradients, "update": _update(run)},
     ]
 
@@ -116,20 +119,34 @@ def _whole(run: _Run, counts: Counts) -> float:
     return run.compute * (counts.trained + counts.frozen) + PACKED_BYTES * counts.packed
 
 
-def _gathered(run: _Run) -> float:
-    """Bytes of whole parameters that a rank holds beside its shards, at most."""
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of whole parameters that a rank holds beside its shards, at most: while the head computes, in the backward pass of
+    a block, and when the last gradients leave."""
+
+    head: float = 0.0
+    block: float = 0.0
+    end: float = 0.0
+
+
+def _gathered(run: _Run) -> _Gathered:
     parts, settings = run.parts, run.recipe.parallel
     if run.layout.engine == "zero":
         least = max(_whole(run, parts.root) / 2, 2 * _whole(run, parts.block))
-        return zero_buffers(run.recipe, run.layout, run.facts.largest_tensor, _whole(run, parts.whole), least)[0]
+        whole = zero_buffers(run.recipe, run.layout, run.facts.largest_tensor, _whole(run, parts.whole), least)[0]
+        return _Gathered(whole, whole, min(whole, _whole(run, parts.root)))
     if run.layout.engine != "fsdp2":
-        return 0
+        return _Gathered()
     settings = settings if isinstance(settings, Fsdp2) else Fsdp2(kind="fsdp2")
     blocks = _whole(run, parts.whole) - _whole(run, parts.root)
-    # A block and those that are gathered ahead; embedding and head stay from their first use to their last.
-    if settings.reshard_after_forward:
+    if settings.reshard_after_forward:  # a block and those that are gathered ahead
         blocks = min(blocks, (1 + settings.prefetch_blocks) * _whole(run, parts.block))
-    return _whole(run, parts.root) + blocks
+    outside, before_head = _whole(run, parts.outside), 0.0
+    # What embedding and head share stays from its first use to its last; each by itself is let go after it, as blocks are.
+    stays = outside if parts.outside == parts.root else 0
+    if not settings.reshard_after_forward:
+        stays, before_head = outside, _whole(run, parts.root) - outside
+    return _Gathered(before_head + outside + blocks, stays + blocks)
 
 
 def _passing(run: _Run) -> tuple[float, float]:
@@ -141,8 +158,19 @@ def _passing(run: _Run) -> tuple[float, float]:
     if run.layout.engine != "fsdp2":
         copied = run.compute if run.recipe.precision == "bf16" else 0
         return copied * block / 4, copied * root / 2
-    # As they are computed and, to be reduced, once more in float32; those of the head come first and leave last.
-    return (run.compute + run.exact) * block + run.compute * root / 2, (run.compute + run.exact) * root
+    # As they are computed and, to be reduced, once more in float32. The head's come first: by itself they are on their way
+    # while the last block computes its own, and what it shares with the embedding leaves last of all.
+    outside = run.parts.outside.trained
+    if run.parts.outside == run.parts.root:
+        return (run.compute + run.exact) * block + run.compute * outside, (run.compute + run.exact) * outside
+    return run.compute * block + run.exact * max(block, outside), (run.compute + run.exact) * outside
+
+
+def _of_head(run: _Run) -> tuple[float, float]:
+    """Bytes of the head's gradient, which is there before the last block works backwards: summed; or, where it is one with the
+    embedding's, as it was computed, waiting for that beside what was summed before."""
+    trained = run.parts.outside.trained if run.layout.engine in ("plain", "ddp") else 0
+    return (0, run.compute * trained) if run.facts.tied_embeddings else (run.exact * trained, 0)
 
 
 def _scores(run: _Run) -> float:
@@ -162,14 +190,15 @@ def _largest_packed(run: _Run) -> int:
 
 
 def _update(run: _Run) -> float:
-    """Bytes that one parameter's update needs beside its states: moments unpacked to float32; Newton-Schulz's matrices."""
+    """Bytes that one parameter's update needs beside its states: both moments of a piece unpacked to float32 and on their way
+    back to codes; Newton-Schulz's matrices."""
     facts, adapter = run.facts, run.recipe.adapter
     largest = facts.largest_tensor
     if isinstance(adapter, Lora):
         largest = max((adapter.rank * max(facts.shapes[name]) for name in facts.adapted), default=0)
         largest = max([largest, *(prod(facts.shapes[name]) for name in facts.whole)])
     if isinstance(run.recipe.optimizer, AdamW8bit):
-        return 3 * run.exact * largest / run.layout.shard
+        return 7 * run.exact * min(largest / run.layout.shard, UPDATE_PIECE)
     return 4 * run.exact * largest if isinstance(run.recipe.optimizer, Muon) else 0
 
 

@@ -24,7 +24,7 @@ class Ddp(Section):
 
 
 class Fsdp2(Section):
-    """FSDP2 (``fully_shard`` on each block and the root), on one rank too."""
+    """FSDP2 (``fully_shard`` on each block, the embedding, the head and the root), on one rank too."""
 
     kind: Literal["fsdp2"]
     shard: Literal["all", "node"] | Annotated[int, Field(ge=1)] = "all"

@@ -81,6 +81,9 @@ class Recipe(Section):
         if not isinstance(guard, training.NoGuard):
             named["validation.on_rise.metric"] = guard.metric
         streams = [stream.name for stream in self.data.streams]
+        held_out = self.data.validation_fraction or any(stream.use == "validation" for stream in self.data.streams)
+        if not held_out and not isinstance(guard, training.NoGuard):
+            yield "validation.on_rise", "no document is held out to see a rise by; raise data.validation_fraction"
         for key, name in named.items():
             if name == training.TOTAL and name in streams:
                 yield key, f"'{name}' is the loss over all streams that are trained on; give the stream another name"

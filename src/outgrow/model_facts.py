@@ -33,6 +33,8 @@ class ModelFacts(Record):
     heads: int = 0
     eager_attention: bool = False
     mask_kinds: int = 1
+    has_mixtures: bool = False
+    """Whether there are mixtures of experts, be all experts chosen for every token."""
     expert_share: float = 1.0
     """Of the experts' activations, those of the experts that a token goes to; 1 without experts."""
 

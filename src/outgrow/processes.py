@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 def start_python(code: str, *, pass_fds: tuple[int, ...], **how: Any) -> subprocess.Popen[bytes]:
@@ -19,3 +22,28 @@ def start_python(code: str, *, pass_fds: tuple[int, ...], **how: Any) -> subproc
     return subprocess.Popen(
         [sys.executable, "-P", "-c", code], env=environment, pass_fds=pass_fds, stdin=subprocess.DEVNULL, **how
     )
+
+
+_AT_END: list[Callable[[], None]] = []
+
+
+def at_end(act: Callable[[], None]) -> None:
+    """Call ``act`` when this process ends, be it by ``end_rank`` or as Python ends; not where it is killed."""
+    _AT_END.append(act)
+    atexit.register(act)
+
+
+def end_rank(code: int) -> NoReturn:
+    """End the process of a rank that has said all: what is there ``at_end`` is done, of ``atexit`` nothing else.
+
+    gloo's threads outlive the group where anything still refers to it, as FSDP2's meshes and DeepSpeed do, and free the tensors
+    of a collective when they come to it: one that finds no interpreter any more aborts the process. And a rank that ends
+    because of an error would wait for a group whose other ranks may hang.
+    """
+    for act in reversed(_AT_END):
+        with contextlib.suppress(Exception):
+            act()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -24,9 +24,11 @@ from fsspec.implementations.local import LocalFileSystem
 from outgrow import retry
 from outgrow.errors import IntegrityError, SiteError, UserError
 from outgrow.multipart import MultipartWriter
+from outgrow.record import Record
 from outgrow.retry import PATIENCE, Patience
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Record)
 
 BLOCK_BYTES = 8 << 20
 """What is read of a bucket at once: little enough to ask for again, so much that the time to the first byte is small beside."""
@@ -125,6 +127,23 @@ class Storage:
 
     def read_json(self, key: str) -> Any:
         return json.loads(self.read(key))
+
+    def read_records(self, key: str, kind: type[R], *, hint: str) -> list[R]:
+        """The records of a folder of JSON files, in the order of their names; none where there is no folder.
+
+        Names that begin with a dot are passed over: a writer that was killed left them aside. Raises ``IntegrityError`` with
+        ``hint`` for a file that is no such record.
+        """
+        found = []
+        for name in self.names(key):
+            if name.startswith("."):
+                continue
+            file = f"{key}/{name}"
+            try:
+                found.append(kind.from_dict(self.read_json(file)))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise IntegrityError(f"this is no {kind.__name__}: {error}", where=file, hint=hint) from None
+        return found
 
     def open_write(self, key: str) -> BinaryIO:
         """A file opened for writing below a folder that is still aside; the caller makes it durable before it is renamed."""

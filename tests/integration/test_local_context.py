@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -56,12 +57,18 @@ def all_reduce(job: JobSpec, context: Context) -> WorkerResult:
     for step in (1, 2, 3):
         context.report(record(context.attempt, step))
     context.barrier()
+    atexit.register(print, "Python was taken down")
+    print("said", end="")
     return result(float(total) + 100 * context.rank)
 
 
 def alone(job: JobSpec, context: Context) -> WorkerResult:
+    import torch.distributed as dist
+
     context.barrier()
     context.report(record(context.attempt, 1))
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return result(float(os.getpid()))
 
 
@@ -136,20 +143,24 @@ def wait_until_gone(processes: list[int]) -> None:
         time.sleep(0.05)
 
 
-def test_two_ranks_share_a_group_and_rank_0_reports() -> None:
+def test_two_ranks_share_a_group_and_rank_0_reports(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[StepRecord] = []
     done = run_local(job(2), all_reduce, on_record=seen.append)
     assert done.worker.train_loss == 3.0
     assert done.restarts == 0
     assert [r.step for r in seen] == [1, 2, 3]
     assert len({r.attempt for r in seen}) == 1
+    assert capfd.readouterr().out == "saidsaid"  # gloo's threads abort a rank that is taken down under them
 
 
-def test_one_rank_runs_here_without_a_group() -> None:
+def test_one_rank_runs_here_and_leaves_no_group_that_it_made() -> None:
+    import torch.distributed as dist
+
     seen: list[StepRecord] = []
     done = run_local(job(1), alone, on_record=seen.append)
     assert done.worker.train_loss == os.getpid()
     assert len(seen) == 1
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize("error", ["user", "other"])

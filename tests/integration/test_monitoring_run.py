@@ -102,8 +102,13 @@ def _a_run_that_diverges(scene: Story) -> None:
     scene.write("ruined", steps=600, schedule="eventful", seconds=0.02, slow_rank=1, slow_s=0.3, spike=400)
     command = scene.place.start("train", "ruined.yaml")
     scene.wait(lambda: scene.step("ruined") >= 20, "step 20 of ruined", timeout_s=300)
-    with _stopped(scene.loader_worker("ruined", 0)):
-        time.sleep(15)
+    (starved,) = [alert.expr for alert in ALERTS if alert.name == "OutgrowDataStarved"]
+    for _ in range(5):  # once where the start was quick: the rule is of the share of the last five minutes
+        with _stopped(scene.loader_worker("ruined", 0)):
+            time.sleep(15)
+        time.sleep(3)  # two more scrapes
+        if scene.query(starved):
+            break
     # The rule on a lost agent looks back in steps of a minute: one of them has to fall into this run before the agent stops.
     ranks = "max_over_time((outgrow_rank_up{run=~'ruined-.*'} == 1)[1h:1m])"
     scene.wait(lambda: scene.query(ranks) != [], "a minute with ranks of ruined", timeout_s=90)

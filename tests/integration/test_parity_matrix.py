@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engine_cases import Case, Outcome, born_engine, born_weights, on_ranks, train
-from expected_losses import TOLERANCE, close, expected, on_one, tolerance_of
+from expected_losses import close, expected, on_one, tolerance_of
 from safetensors.torch import save_file
 
 from outgrow.errors import PlanError
@@ -48,7 +48,7 @@ def fsdp2(**settings: Any) -> dict[str, Any]:
 
 
 SELECTIVE, FULL = ({"activation_checkpointing": {"kind": kind}} for kind in ("selective", "full"))
-ZERO_1, ZERO_3 = ({"parallel": {"kind": "zero", "stage": stage}} for stage in (1, 3))
+ZERO_3 = {"parallel": {"kind": "zero", "stage": 3}}
 DDP = {"parallel": {"kind": "ddp"}}
 COMPILED = {"compile": "blocks"}
 OPTIONS = {
@@ -69,7 +69,7 @@ OPTIONS = {
     "gemma2, hsdp 2x2": Case(engine="fsdp2", replicate=2, shard=2, family="gemma2"),
     "gemma2, ddp on 2": Case(engine="ddp", replicate=2, micro_rows=1, family="gemma2", settings=DDP),
     "gemma2, zero-3 on 2": Case(engine="zero", shard=2, micro_rows=2, precision="fp32", family="gemma2", settings=ZERO_3),
-    "mixtral, zero-1 on 2": Case(engine="zero", shard=2, micro_rows=2, precision="fp32", family="mixtral", settings=ZERO_1),
+    "mixtral, zero-3 on 2": Case(engine="zero", shard=2, micro_rows=2, precision="fp32", family="mixtral", settings=ZERO_3),
     "fp32, hsdp 2x2": Case(engine="fsdp2", replicate=2, shard=2, precision="fp32"),
     "fp32, ddp on 2": Case(engine="ddp", replicate=2, precision="fp32", settings=DDP),
     "lora and whole modules, fsdp2 on 4": Case(
@@ -91,7 +91,6 @@ OPTIONS = {
     "fp32, compiled, lora, fsdp2 on 2": Case(
         engine="fsdp2", shard=2, precision="fp32", adapter={"kind": "lora", "rank": RANK}, settings=COMPILED
     ),
-    "fp32, compiled, zero-3 on 2": Case(engine="zero", shard=2, precision="fp32", settings=ZERO_3 | COMPILED),
     "bf16, fsdp2 on 2": Case(engine="fsdp2", shard=2, precision="bf16"),
     "bf16, fsdp2 on 2, reduced once a step": Case(
         engine="fsdp2", shard=2, micro_rows=1, precision="bf16", settings=fsdp2(reduce_gradients="last_micro_batch")
@@ -157,7 +156,11 @@ def test_every_option_agrees(name: str, outcomes: dict[str, Outcome]) -> None:
 @pytest.mark.parametrize("name", [name for name, case in OPTIONS.items() if case.precision == "bf16"])
 def test_bf16_stays_near_plain(name: str, outcomes: dict[str, Outcome]) -> None:
     alone = on_one(OPTIONS[name])
-    close(outcomes[name], alone.losses, alone.norms, TOLERANCE["bf16"])
+    # The worst of twenty steps, over four seeds: losses 1e-4 to 5e-4, norms 3e-4 to 1e-3 of themselves; those of adapters,
+    # whose small matrices are multiplied in bfloat16, 5e-3 to 9e-3.
+    norm = 0.01 if OPTIONS[name].adapter else 0.003
+    assert outcomes[name].losses == pytest.approx(alone.losses, rel=0, abs=0.001)
+    assert outcomes[name].norms == pytest.approx(alone.norms, rel=norm, abs=0)
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])

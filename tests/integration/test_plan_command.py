@@ -64,11 +64,14 @@ def test_machines_that_are_not_here(recipe: str, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert text.startswith("a forecast for 2 node(s) of 2 x 80.0 GB, 1.0 TB of memory; nothing can be started from here\n")
     assert "ranks   4 on cuda" in text and "on the device of a rank: " in text
+    assert text.endswith("this run could start there\n")
     offload = "parallel={kind: zero, offload_optimizer: nvme}"
     assert outgrow("plan", recipe, *there, offload) == 2
     assert "no tier is declared" in capsys.readouterr().out
     assert outgrow("plan", recipe, *there, "--disk", "1 TB", offload) == 0
-    assert "on a node's first tier: offload" in capsys.readouterr().out
+    assert "on a node's first tier (its cache folder where the site has no tiers): offload" in capsys.readouterr().out
+    assert outgrow("plan", recipe, *there, "--disk", "10.5 MB", offload) == 2
+    assert "beside 1.0 MB on the first tier, which is the same disk; available: 10.5 MB" in capsys.readouterr().out
     assert outgrow("plan", recipe, "--gpus", "1", "--gpu-memory", "1 MB", "--ram", "1 TB") == 2
     refused = capsys.readouterr().out.partition("this run cannot start\n")[2]
     assert "on a GPU (" in refused and "available: 1.0 MB on each" in refused

@@ -62,6 +62,7 @@ def test_zero_trains_as_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
+@pytest.mark.timeout(1800)
 def test_every_stage_and_world_trains_as_plain(tmp_path: Path) -> None:
     require_parity(MANY, on_ranks(MANY, tmp_path))
 

@@ -21,7 +21,7 @@ from outgrow.storage import file_digest
 from outgrow.trainers.adapters.identity import BaseIdentity, folder_identity, require_same_base
 from outgrow.trainers.adapters.merge import MergedWeights
 from outgrow.trainers.adapters.sources import AdaptedWeights
-from outgrow.trainers.adapters.targets import choose, matches, trained_parameters
+from outgrow.trainers.adapters.targets import choose, matches
 from outgrow.trainers.bring_up import first_weights
 from outgrow.trainers.ceilings import arithmetic_of
 from outgrow.trainers.engines.materialise import materialise
@@ -102,6 +102,17 @@ def test_an_adapter_on_a_tied_head_is_refused() -> None:
     with pytest.raises(ModelError, match=r"lm_head shares its weights with model\.embed_tokens") as raised:
         choose(meta_model(config, "fp32"), lora(targets=("lm_head",)))
     assert "fully_trained: [lm_head]" in raised.value.hint
+
+
+def trained_parameters(model: nn.Module, adapter: Lora) -> int:
+    """Counted by hand: what is trained of ``model``, which is as it was built."""
+    chosen = choose(model, adapter)
+    whole = {id(p): p.numel() for name in chosen.whole for p in model.get_submodule(name).parameters()}
+    count = sum(whole.values())
+    for name in chosen.adapted:
+        out_features, in_features = model.get_submodule(name).weight.shape  # type: ignore[misc]
+        count += adapter.rank * (in_features + out_features) + (out_features if adapter.dora else 0)
+    return count
 
 
 # --- the adapted model ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from tiny_models import FAMILIES
 from torch.nn.attention import flex_attention
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from outgrow.errors import ModelError
 from outgrow.trainers.models import attention
@@ -168,6 +170,7 @@ def test_families_compute_the_same_by_flex(family: str) -> None:
 
 
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch's compiler, of torch
 def test_compiled_flex_reads_the_squares() -> None:
     """Forward alone, which is what there is of it on a CPU; here no square that the mask leaves out is computed."""
     torch.manual_seed(0)
@@ -206,12 +209,12 @@ def slow_kernel(
 
 @pytest.fixture
 def slow_kernels() -> Iterator[None]:
-    before = {name: AttentionInterface._global_mapping[name] for name in (VARLEN, FLASH)}
-    for name in before:
-        AttentionInterface.register(name, by_documents(lambda: slow_kernel))
+    for name in (VARLEN, FLASH):
+        assert name not in ALL_ATTENTION_FUNCTIONS, "without a GPU no test has set them"
+        AttentionInterface.register(name, by_documents(slow_kernel))
     yield
-    for name, function in before.items():
-        AttentionInterface.register(name, function)
+    for name in (VARLEN, FLASH):
+        del AttentionInterface._global_mapping[name]
 
 
 @pytest.mark.usefixtures("slow_kernels")
@@ -346,3 +349,20 @@ def test_a_model_is_set_before_it_is_called() -> None:
     assert model.config._attn_implementation == SDPA
     copied = copy.deepcopy(model.config).to_dict()
     assert not any("outgrow" in str(value) for value in copied.values()), "an export does not name functions of ours"
+
+
+def test_a_compiled_block_traces_no_fetching(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler warns of every ``@cache`` that it goes through, and warnings are errors here."""
+    monkeypatch.setattr(attention, "_varlen_kernel", cache(lambda: fake_varlen("all")[0]))
+    model = lively(tiny_config("llama"))
+    set_attention(model, "varlen", "bf16", hopper)
+    function = ALL_ATTENTION_FUNCTIONS[VARLEN]
+    try:
+        set_attention(lively(tiny_config("llama")), "auto", "bf16", hopper)
+        assert ALL_ATTENTION_FUNCTIONS[VARLEN] is function, "the second model is no reason to compile again"
+        query, key = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
+        ends = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
+        traced = torch.compile(lambda *tensors: function(None, *tensors, None, **ends)[0], backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(query, key, key), query.transpose(1, 2))
+    finally:
+        del AttentionInterface._global_mapping[VARLEN]

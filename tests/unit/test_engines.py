@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from outgrow.errors import PlanError
 from outgrow.recipes.schema.optimizer import AdamW
 from outgrow.trainers.bring_up import first_weights
 from outgrow.trainers.engines import make_engine, unmarked
-from outgrow.trainers.engines.ddp import _buckets
+from outgrow.trainers.engines.ddp import GradientSums, _buckets
 from outgrow.trainers.optimizers.adamw import NamedAdamW
 from outgrow.trainers.regions import Region, local_part
 from outgrow.trainers.validation import validate
@@ -40,7 +42,7 @@ class Kept:
 
 @pytest.fixture
 def no_group_left() -> Iterator[None]:
-    """FSDP2 on one rank makes a process group of its own, which lasts as long as the process."""
+    """FSDP2 on one rank makes a process group of its own, which who started the rank ends."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -88,6 +90,20 @@ def test_what_is_frozen_is_not_kept_and_comes_from_the_base_again(engine: str, p
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
+@pytest.mark.usefixtures("no_group_left")
+def test_weights_of_tokens_are_not_rounded_with_the_model() -> None:
+    """0.3 is no bfloat16; they pass through the model on their way to a loss in parts."""
+    chunked = {"cross_entropy": {"kind": "chunked", "tokens": 16}}
+    found = []
+    for engine, settings in (("plain", chunked), ("fsdp2", chunked | {"parallel": {"kind": "fsdp2"}})):
+        trainer = born_engine(Case(engine=engine, precision="bf16", settings=settings))
+        packed = batch(rows_of_steps()[0], LENGTH)
+        trainer.accumulate(replace(packed, weights=packed.weights * 0.3), 1.0, unmarked)
+        sums = trainer.finish()
+        found.append((sums.loss.item(), sums.grad_norm.item()))
+    assert found[0] == found[1]
+
+
 def test_gradients_are_summed_in_buckets_of_one_type_in_their_order() -> None:
     def parameter(numel: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         return nn.Parameter(torch.empty(numel, dtype=dtype))
@@ -99,10 +115,36 @@ def test_gradients_are_summed_in_buckets_of_one_type_in_their_order() -> None:
     assert _buckets([], most_bytes=16) == []
 
 
+def test_a_gradient_that_is_a_bucket_by_itself_is_summed_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(message: torch.Tensor, async_op: bool) -> SimpleNamespace:
+        message.mul_(2)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_reduce", doubled)
+    large, turned, small, unused = (nn.Parameter(torch.zeros(shape)) for shape in ((4, 3), (3, 4), (2,), (2,)))
+    sums = GradientSums([(p, p) for p in (unused, small, turned, large)], bucket_bytes=24)
+    sums.begin()
+    large.grad, turned.grad, small.grad = torch.ones(4, 3), torch.arange(12.0).view(4, 3).T, torch.ones(2)
+    where = large.grad.data_ptr()
+    sums.finish()
+    assert large.grad.data_ptr() == where
+    assert torch.equal(large.grad, torch.full((4, 3), 2.0))
+    assert torch.equal(turned.grad, 2 * torch.arange(12.0).view(4, 3).T)
+    assert torch.equal(small.grad, torch.full((2,), 2.0))
+    assert unused.grad is not None and not unused.grad.any()
+
+
 def test_what_does_not_go_together_is_refused_before_there_is_an_engine() -> None:
     case = Case(engine="zero", precision="fp64", settings={"parallel": {"kind": "zero"}})
     with pytest.raises(PlanError, match="precision fp64 with parallel.kind zero"):
         make_engine(case.layout(), case.recipe(), born_model(case), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_experts_whose_gradients_deepspeed_would_mix_up_are_refused(stage: int) -> None:
+    parallel = {"parallel": {"kind": "zero", "stage": stage}}
+    with pytest.raises(PlanError, match="a mixture of experts with parallel.stage 1 or 2 on several ranks"):
+        born_engine(Case(family="mixtral", engine="zero", shard=2, precision="fp32", settings=parallel))
 
 
 def test_weights_alone_leave_the_optimizer_new() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outgrow.recipes import matrix_page
-from outgrow.recipes.combinations import ENGINES, METHODS, RULES
+from outgrow.recipes.combinations import ENGINES, EXPERTS, METHODS, RULES
 
 
 def test_page_is_fresh() -> None:
@@ -16,6 +16,6 @@ def test_page_has_every_method_engine_and_rule() -> None:
         assert f"\n| {method} | " in text
     for engine in ENGINES:
         assert f"\n| {engine} | " in text
-    for rule in RULES:
+    for rule in (*RULES, EXPERTS):
         assert f"\n| {rule.asked} | " in text
     assert "no (1)" in text and "\n1. " in text

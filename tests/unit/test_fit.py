@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def refusals(asked: Recipe, on: Machine) -> list[Any]:
     [
         ("llama-3-8b", machine(8, 80), "add activation_checkpointing=full"),
         ("llama-3-8b", machine(8, 40), "add activation_checkpointing=full cross_entropy=chunked"),
-        ("llama-3-8b", machine(8, 26), "add activation_checkpointing=full cross_entropy=chunked batch.micro_rows=1"),
+        ("llama-3-8b", machine(8, 24), "add activation_checkpointing=full cross_entropy=chunked batch.micro_rows=1"),
     ],
 )
 def test_what_changes_nothing_else_is_asked_for_first(tmp_path: Path, model: str, on: Machine, nearest: str) -> None:
@@ -78,13 +79,73 @@ def test_what_changes_nothing_else_is_asked_for_first(tmp_path: Path, model: str
 )
 def test_each_change_that_is_offered_fits(tmp_path: Path, model: str, on: Machine) -> None:
     (refusal,) = refusals(recipe(tmp_path, model=model), on)
-    said, cards, _ = refusal.nearest.partition("take ")
-    options = [option for option in said.removeprefix("add ").rstrip(", or").split(", or ") if option]
-    common, _, first = options[0].partition(", and ")
-    for option in [first, *options[1:]]:
-        changed = recipe(tmp_path, *shlex.split(f"{common} {option.removesuffix(', or ')}"), model=model)
-        assert refusals(changed, on) == [], option
-    assert cards, refusal.nearest
+    for overrides, there in offers(refusal.nearest, on):
+        assert refusals(recipe(tmp_path, *overrides, model=model), there) == [], (overrides, there)
+    assert "such GPUs" in refusal.nearest
+
+
+def offers(nearest: str, on: Machine) -> list[tuple[list[str], Machine]]:
+    """The alternatives of a refusal: what to add to the recipe, and the machine with the GPUs that it takes."""
+    found = []
+    for offer in nearest.split("; or "):
+        added, _, cards = offer.partition("take ")
+        words = shlex.split(added.removesuffix(" and ")) if added else ["add"]
+        assert words[0] == "add" and (cards or words[1:]), offer
+        count = int(cards.removesuffix(" such GPUs")) if cards else on.workers
+        found.append(
+            (words[1:], replace(on, workers=count, nodes=-(-count // max(8, on.local_workers)) if cards else on.nodes))
+        )
+    return found
+
+
+CHUNKED = ("activation_checkpointing=full", "cross_entropy=chunked", "batch.micro_rows=1")
+WORKSTATION = machine(1, 96, 132)
+
+
+@pytest.mark.parametrize("parallel", ["auto", "ddp"])
+def test_the_same_training_sharded_is_offered_before_another_one(tmp_path: Path, parallel: str) -> None:
+    (refusal,) = refusals(recipe(tmp_path, f"parallel={parallel}", *CHUNKED, "optimizer.kind=adamw_8bit"), WORKSTATION)
+    assert refusal.nearest.split("; or ")[0] == "add parallel=fsdp2"
+
+
+def test_the_same_training_in_memory_is_offered_before_another_one(tmp_path: Path) -> None:
+    (refusal,) = refusals(recipe(tmp_path, *CHUNKED), machine(1, 40, 512))
+    assert refusal.nearest.startswith("add parallel='{kind: fsdp2, offload: cpu}'; or ")
+
+
+@pytest.mark.parametrize(("model", "cards"), [("llama-3-8b", 2), ("llama-3-70b", 64)])
+@pytest.mark.parametrize(
+    "parallel", ["{kind: fsdp2, offload: cpu}", "{kind: zero, offload_optimizer: nvme, offload_parameters: nvme}"]
+)
+def test_cards_are_counted_without_the_offload_too(tmp_path: Path, parallel: str, model: str, cards: int) -> None:
+    asked = recipe(tmp_path, *CHUNKED, f"parallel={parallel}", "batch.rows=1024", model=model)
+    (refusal,) = refusals(asked, WORKSTATION)
+    assert refusal.nearest.endswith(f"; or add parallel=fsdp2 and take {cards} such GPUs")
+
+
+def test_what_needs_a_tier_is_not_offered_without_one(tmp_path: Path) -> None:
+    asked, on = recipe(tmp_path, *CHUNKED, "adapter=lora", model="llama-3-70b"), WORKSTATION
+    (with_one,), (without,) = refusals(asked, on), refusals(asked, replace(on, has_tier=False))
+    assert "nvme" in with_one.nearest and "nvme" not in without.nearest
+
+
+def test_where_a_disk_alone_is_lacking_the_room_on_it_is_asked_for(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, *CHUNKED, "adapter={kind: lora, base: nf4}", model="llama-3-70b")
+    (refusal,) = refusals(asked, machine(1, 96, 132, disk_gb=20))
+    assert refusal.nearest == "have 36 GB free on the first tier beyond its reserve, and as much capacity"
+    assert refusals(asked, machine(1, 96, 132, disk_gb=36)) == []
+
+
+def test_no_number_of_cards_is_offered_that_a_mixture_would_be_refused_on(tmp_path: Path) -> None:
+    zero_2 = (*CHUNKED, "parallel={kind: zero, stage: 2}")
+    asked = recipe(tmp_path, *zero_2)
+    facts = llama_facts(SHAPES["llama-3-8b"], asked)
+    (dense,), (mixture,) = (memory_refusals(asked, replace(facts, has_mixtures=has), WORKSTATION) for has in (False, True))
+    assert dense.nearest.endswith("; or take 2 such GPUs")
+    assert mixture.nearest.endswith("; or add parallel=fsdp2 and take 2 such GPUs")
+    for overrides, there in offers(mixture.nearest, WORKSTATION):
+        changed = recipe(tmp_path, *zero_2, *overrides)
+        assert combinations.refusals(changed, "cuda", shares_experts=there.workers > 1) == []
 
 
 @pytest.mark.parametrize(
@@ -96,8 +157,8 @@ def test_what_cannot_be_had_does_not_stand_in_the_way_of_what_can(tmp_path: Path
     asked, on = recipe(tmp_path, *overrides), machine(8, 80)
     facts = llama_facts(SHAPES["llama-3-8b"], asked)
     (refusal,) = memory_refusals(asked, facts, on)
-    said = refusal.nearest.removeprefix("add ").partition(", ")[0]
-    changed = recipe(tmp_path, *overrides, *shlex.split(said))
+    said = offers(refusal.nearest, on)[0][0]
+    changed = recipe(tmp_path, *overrides, *said)
     assert memory_refusals(changed, facts, on) == []
     assert combinations.refusals(changed, "cuda") == combinations.refusals(asked, "cuda")
 
@@ -113,11 +174,11 @@ def test_the_number_of_cards_is_the_least_that_holds_it(tmp_path: Path) -> None:
 def test_memory_and_disk_are_judged_as_devices_are() -> None:
     asked = load(FOLDER / "llama70b-full-offload.yaml")
     facts = llama_facts(SHAPES["llama-3-70b"], asked)
-    assert not memory_refusals(asked, facts, machine(8, 80, 1200))
+    assert not memory_refusals(asked, facts, machine(8, 80, 1500))
     (refusal,) = memory_refusals(asked, facts, machine(8, 80, 1000, disk_gb=1000))
-    assert "of memory on a node (checkpoint 846.6 GB, gradients 282.2 GB" in refusal.asked
+    assert "1.4 TB of memory on a node (checkpoint 846.6 GB, gradients 549.8 GB, buffers 16.8 GB)" in refusal.asked
     assert "on the first tier of a node (offload 1.1 TB)" in refusal.asked
-    assert refusal.available == "1.0 TB; and 1.0 TB on the first tier"
+    assert refusal.available == "1.0 TB, of which 4.0 GB are left to the system; and 1.0 TB on the first tier"
 
 
 def test_a_cpu_holds_all_in_memory(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_torn_file_of_a_roll_back_is_named(tmp_path: Path) -> None:
     storage.write_json(f"{RUN}/roll-backs/001.json", back(1, 20).to_dict())
     assert roll_back.settle(storage, RUN, 0) == (back(1, 20),)
     storage.write(f"{RUN}/roll-backs/002.json", b'{"number": 2')
-    with pytest.raises(IntegrityError, match=r"this tells of no roll back.*put it back|roll-backs/002\.json"):
+    with pytest.raises(IntegrityError, match=r"this is no RollBack.*put it back|roll-backs/002\.json"):
         roll_back.settle(storage, RUN, 0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import LENGTH, STEPS, Case, Outcome, born_engine, rows_of_steps, train, trained_steps
+from engine_cases import LENGTH, STEPS, Case, Outcome, born_engine, born_model, rows_of_steps, train, trained_steps
 from packed import batch, document
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,14 +198,14 @@ def test_scores_of_last_tokens_alone_are_made() -> None:
 
 
 def test_a_family_that_is_not_tested_is_refused_by_name() -> None:
-    from outgrow.trainers.engines.forward import _head_loss
+    from outgrow.trainers.engines.forward import head_loss
 
     class Model:
         class config:  # noqa: N801
             model_type = "cohere"
 
     with pytest.raises(ModelError, match=r"chunked is not known to be right for cohere.*llama"):
-        _head_loss(Model(), Case(settings=CHUNKED).recipe())  # type: ignore[arg-type]
+        head_loss(Model(), Case(settings=CHUNKED).recipe())  # type: ignore[arg-type]
 
 
 LIGER = {"cross_entropy": {"kind": "liger"}}
@@ -216,7 +216,7 @@ def test_liger_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     with pytest.raises(ModelError, match="liger, which cannot be imported") as raised:
-        liger_nll(None)
+        liger_nll(nn.Linear(2, 3), None)
     assert "pip install liger-kernel" in str(raised.value)
 
 
@@ -243,13 +243,21 @@ def slow_liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def test_liger_is_given_what_it_takes(slow_liger: dict[str, Any]) -> None:
     from outgrow.trainers.head_loss import liger_nll
 
-    loss = liger_nll(5.0)
+    loss = liger_nll(nn.Linear(2, 3), 5.0)
     assert slow_liger == {"ignore_index": IGNORE_INDEX, "reduction": "sum", "softcap": 5.0, "accum_dtype": torch.float32}
     of = given(torch.float32)
     of.weights = torch.where(torch.arange(TOKENS) % 3 == 0, 0.0, 0.25)
     targets = loss.readied(of.targets, of.weights)
     found = loss(of.head, of.head.forward, of.hidden, targets, of.weights)
     same(with_gradients(of, found), whole(of, 5.0), 1e-5)
+
+
+def test_liger_refuses_a_head_with_an_adapter() -> None:
+    from outgrow.trainers.engines.forward import head_loss
+
+    adapter = {"kind": "lora", "rank": 2, "targets": ["lm_head"]}
+    with pytest.raises(ModelError, match="liger, which takes a head without an adapter"):
+        head_loss(born_model(Case(adapter=adapter)), Case(settings=LIGER).recipe())
 
 
 def test_liger_refuses_targets_of_unlike_weights() -> None:

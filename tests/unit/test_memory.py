@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -16,10 +17,13 @@ from outgrow.cluster.presets_page import SHAPES, llama_facts
 from outgrow.contracts import Forecast
 from outgrow.recipes.layout import resolve
 from outgrow.recipes.memory import count, forecast, state_bytes
+from outgrow.recipes.memory.forecast import UPDATE_PIECE
 from outgrow.recipes.schema import Recipe
+from outgrow.recipes.schema.optimizer import AdamW8bit
 from outgrow.trainers.engines import make_engine, unmarked
 from outgrow.trainers.models.build import meta_model
 from outgrow.trainers.models.initialise import SeededWeights
+from outgrow.trainers.optimizers.adamw_8bit import NamedAdamW8bit
 
 GB, GIB = 10**9, 2**30
 LLAMA_2 = {"vocab_size": 32_000, "tie_word_embeddings": False}
@@ -33,6 +37,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": dict(
         hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=1024, tie_word_embeddings=False,
+    ),
+    "large head": dict(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=24_000, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 QLORA = {"kind": "lora", "base": "nf4"}
@@ -101,12 +109,38 @@ def test_one_step_of_a_small_model_is_near_what_is_tracked(changes: dict[str, An
     assert tensors(foreseen("small", asked, device="cpu")) == pytest.approx(tracked(asked), rel=0.15)
 
 
-def tracked(asked: Recipe) -> int:
+@pytest.mark.filterwarnings("ignore:Expected a tensor or a traceable wrapper-subclass")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_heads_gradient_is_there_beneath_the_activations(precision: str) -> None:
+    asked = recipe(96, 16, precision=precision, cross_entropy={"kind": "chunked", "tokens": 32})
+    there = tracked(asked, "large head")
+    assert 0.97 * there <= tensors(foreseen("large head", asked, device="cpu")) <= 1.15 * there
+
+
+def test_an_update_in_8_bits_unpacks_a_piece_at_a_time() -> None:
+    from outgrow.trainers.optimizers.eight_bit import _PIECE
+
+    assert UPDATE_PIECE == _PIECE
+    weight = torch.nn.Parameter(torch.zeros(3 * 2048, 2048))
+    weight.grad = torch.ones_like(weight)
+    optimizer = NamedAdamW8bit({"weight": weight}, AdamW8bit(kind="adamw_8bit", learning_rate=1e-3))
+    tracker = MemTracker()
+    tracker.track_external(weight, weight.grad, *optimizer.tensors().values())
+    before = tracker.get_tracker_snapshot("current")[torch.device("cpu")]["Total"]
+    with tracker:
+        optimizer.step(1e-3, torch.ones(()))
+    beside = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
+    # The index of a look-up in the codebook is turned to 8 bytes where no tracker sees it.
+    assert beside + 8 * UPDATE_PIECE == pytest.approx(7 * 4 * UPDATE_PIECE, rel=0.05)
+
+
+def tracked(asked: Recipe, size: str = "small") -> int:
     """The most bytes that tensors had at once in a real step of the plain engine."""
-    config = LlamaConfig(**SIZES["small"], max_position_embeddings=96, use_cache=False, pad_token_id=None)
+    vocab = SIZES[size]["vocab_size"]
+    config = LlamaConfig(**SIZES[size], max_position_embeddings=96, use_cache=False, pad_token_id=None)
     engine = make_engine(resolve(asked, 1, 1), asked, meta_model(config, asked.precision), torch.device("cpu"))
     engine.load_model(SeededWeights(config, 1))
-    rows = corpus(1, steps=1, rows=2, length=96, vocab=1024)[0]
+    rows = corpus(1, steps=1, rows=asked.batch.rows, length=96, vocab=vocab)[0]
     tracker = MemTracker()
     tracker.track_external(engine._model, *engine.tensors().values())
     with tracker:
@@ -156,7 +190,7 @@ def test_each_thing_that_saves_memory_saves_it() -> None:
         [{}, {"activation_checkpointing": {"kind": "selective"}}, {"activation_checkpointing": FULL}],
         [{"batch": {"rows": 64, "micro_rows": 8}} | changes for changes in ({"activation_checkpointing": FULL}, saving)],
         [{"batch": {"rows": 64, "micro_rows": rows}} for rows in (8, 4, 1)],
-        [saving | {"batch": {"rows": 64, "micro_rows": 8}, "activation_offload": offload} for offload in (False, True)],
+        [saving | {"batch": {"rows": 128, "micro_rows": 16}, "activation_offload": offload} for offload in (False, True)],
         [saving | {"parallel": parallel} for parallel in ({"kind": "ddp"}, zero(1), zero(2), zero(3))],
         [saving | {"parallel": parallel} for parallel in (zero(3), zero(3, offload_optimizer="cpu"))],
         [saving | {"parallel": {"kind": "fsdp2", "shard": shard}} for shard in (1, 2, 8)],
@@ -186,11 +220,85 @@ def test_offload_says_where_states_go_and_what_a_step_moves() -> None:
         assert moved.host["checkpoint"] == pytest.approx(12 * parameters / nodes)
 
 
+@pytest.mark.parametrize(("size", "world", "more"), [("8B of Llama 3", 3, 0.65), ("70B of Llama 3", 8, 0.11)])
+def test_each_shard_that_fsdp2_offloads_from_a_gpu_takes_a_power_of_two(size: str, world: int, more: float) -> None:
+    asked = recipe(rows=world, parallel={"kind": "fsdp2", "offload": "cpu"})
+    on_gpu, on_cpu = (foreseen(size, asked, world, device=device).host for device in ("cuda", "cpu"))
+    slow = 0
+    for shape in llama_facts(SIZES[size], asked).shapes.values():
+        block = 1
+        while block < 4 * prod(shape) / world:
+            block *= 2
+        slow += world * block
+    assert on_gpu["weights"] == on_gpu["gradients"] == slow
+    assert slow / on_cpu["weights"] - 1 == pytest.approx(more, abs=0.01)
+    assert on_gpu["optimizer"] == on_cpu["optimizer"], "which is not pinned"
+
+
+def test_what_deepspeed_pins_is_in_powers_of_two_a_block() -> None:
+    saving = {"activation_checkpointing": FULL, "batch": {"rows": 8, "micro_rows": 1}}
+    facts = llama_facts(SHAPES["llama-3-8b"], recipe())
+    vectors = sum(prod(shape) for shape in facts.shapes.values() if len(shape) == 1)
+
+    def host(parallel: dict[str, Any], device: str = "cuda") -> dict[str, int]:
+        return foreseen("8B of Llama 3", recipe(**saving, parallel=parallel), 8, device=device).host
+
+    both = zero(3, offload_optimizer="cpu", offload_parameters="cpu")
+    # A thousand million numbers of 4 bytes, and the vectors, beside the sums.
+    assert host(both)["gradients"] == 8 * (2**32 + 2**32 + 2 ** (4 * vectors // 8 - 1).bit_length())
+    assert host(both)["weights"] > 2**31 * 8 + host(both, "cpu")["weights"]
+    not_pinned = {"zero_optimization": {"offload_optimizer": {"pin_memory": False}, "offload_param": {"pin_memory": False}}}
+    assert host(both | {"deepspeed": not_pinned}) == host(both, "cpu") | {"processes": host(both)["processes"]}
+    assert host(zero(2, offload_optimizer="cpu"))["weights"] >= 2 * facts.parameters, "copies that compute"
+
+
+def test_buffers_of_offload_to_disk_are_as_deepspeeds_own_block_says() -> None:
+    def host(offload: dict[str, Any] | None = None, **keys: Any) -> dict[str, int]:
+        block = {"zero_optimization": {**keys, **(offload or {})}}
+        parallel = zero(3, offload_optimizer="nvme", offload_parameters="nvme") | {"deepspeed": block}
+        return foreseen("8B of Llama 3", recipe(parallel=parallel), 1).host
+
+    def sub_group(most: int) -> int:
+        largest = gathered = 0
+        for shape in llama_facts(SHAPES["llama-3-8b"], recipe()).shapes.values():
+            gathered += prod(shape) if len(shape) > 1 else 0
+            largest, gathered = max(largest, gathered), 0 if gathered >= most else gathered
+        return largest
+
+    parameters, count = 2 * 8 * 128_256 * 4096, 4
+    assert host()["buffers"] == parameters + 4 * count * sub_group(100_000_000)
+    assert host(sub_group_size=7)["buffers"] == parameters + 4 * count * 128_256 * 4096
+    assert host(sub_group_size=10**9)["buffers"] == parameters + 4 * count * sub_group(10**9)
+    assert host({"offload_optimizer": {"buffer_count": 6}})["buffers"] == host()["buffers"] + 2 * 4 * sub_group(100_000_000)
+    few = {"offload_param": {"buffer_count": 5, "buffer_size": 1_000_000}}
+    assert host(few)["buffers"] == 4 * count * sub_group(100_000_000) + 2 * 5 * 1_000_000
+    assert "weights" not in host()
+    assert host({"offload_param": {"max_in_cpu": 10**9}})["weights"] == 2**31
+
+
 def test_with_offload_of_fsdp2_4_bit_weights_lie_in_memory_too() -> None:
     asked = recipe(adapter=QLORA, parallel={"kind": "fsdp2", "offload": "cpu"})
     found, packed = foreseen("8B of Llama 3", asked), count(asked, llama_facts(SHAPES["llama-3-8b"], asked)).whole.packed
     assert found.device["weights"] < 0.05 * packed, "their scales alone"
     assert found.host["weights"] > packed / 2
+
+
+def test_fsdp2_that_keeps_what_it_gathers_holds_all_but_the_head_as_blocks_go_back() -> None:
+    facts = llama_facts(SHAPES["llama-3-8b"], recipe())
+    head = facts.shapes["lm_head.weight"]
+    asked = recipe(rows=8, activation_checkpointing=FULL, parallel={"kind": "fsdp2", "reshard_after_forward": False})
+    beside = prod(head) + facts.hidden_size  # the last norm is the root's
+    assert foreseen("8B of Llama 3", asked, 8).device["gathered"] == 2 * (facts.parameters - beside)
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "model.embed_tokens"])
+@pytest.mark.parametrize("adapted", [(), ("lm_head.weight",)], ids=["", "adapter on the head"])
+def test_the_gradient_of_a_head_or_embedding_that_an_adapters_run_trains_is_counted(
+    trained: str, adapted: tuple[str, ...]
+) -> None:
+    asked = recipe(adapter={"kind": "lora", "rank": 4})
+    facts = replace(llama_facts(SIZES["small"], asked), whole=(f"{trained}.weight",), adapted=adapted)
+    assert count(asked, facts).outside.trained == 1024 * 128
 
 
 def test_masks_are_counted_where_a_kernel_needs_them() -> None:
@@ -202,8 +310,6 @@ def test_masks_are_counted_where_a_kernel_needs_them() -> None:
 
 
 def test_a_model_of_unknown_shapes_has_no_forecast() -> None:
-    from dataclasses import replace
-
     asked = recipe()
     facts = replace(llama_facts(SIZES["small"], asked), shapes={})
     assert forecast(asked, facts, resolve(asked, 1, 1), 1, "cpu") is None

@@ -20,6 +20,7 @@ from outgrow.streaming.render.named_templates import TEMPLATES
 from outgrow.streaming.render.templates import needed_tokens
 from outgrow.trainers.models.build import blocks, config_for, facts, meta_model
 from outgrow.trainers.models.checked import checked, remember
+from outgrow.trainers.models.families import embedding_and_head
 from outgrow.trainers.models.probes import lively
 from outgrow.trainers.models.tiny import tiny_config
 
@@ -199,8 +200,15 @@ class TestFolder:
             config_for(recipe(self.model), site)
 
     def test_a_folder_without_configuration_is_refused(self, tmp_path: Path) -> None:
+        site = Site(sources={"base": str(tmp_path / "base")})
+        with pytest.raises(ModelError, match="there is no such folder"):
+            config_for(recipe(self.model), site)
+        (tmp_path / "base").mkdir()
         with pytest.raises(ModelError, match=r"no config\.json here"):
-            config_for(recipe(self.model), Site(sources={"base": str(tmp_path / "nowhere")}))
+            config_for(recipe(self.model), site)
+        (tmp_path / "base/adapter_config.json").touch()
+        with pytest.raises(ModelError, match=r"this is an adapter alone\n  outgrow export RUN FOLDER --merged"):
+            config_for(recipe(self.model), site)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,6 +224,17 @@ def test_a_meta_model_has_no_parameter_memory_and_right_buffers(family: str) -> 
         assert name == real_name
         assert torch.equal(buffer, real_buffer), name
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (family == "gemma2")
+
+
+def test_embedding_and_head_are_known_where_they_share_nothing_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = meta_model(tiny_config("llama"), "fp32")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding_and_head(model) == (embedding, head)
+    head.bias = model.bias = torch.nn.Parameter(torch.empty(head.out_features, device="meta"))
+    assert embedding_and_head(model) == (None, None), "as heads of BERT's kind have it"
+    assert embedding_and_head(meta_model(tiny_config("gemma2"), "fp32")) == (None, None), "tied"
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert embedding_and_head(model) == (None, None)
 
 
 def test_what_transformers_cannot_build_is_refused_by_the_plan() -> None:

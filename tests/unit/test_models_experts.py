@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_cases import Case
 from tiny_models import FAMILIES
 
 from outgrow.trainers.models.build import meta_model
 from outgrow.trainers.models.experts import mixtures
 from outgrow.trainers.models.initialise import SeededWeights
 from outgrow.trainers.models.probes import filled
+from outgrow.trainers.models.shapes import shapes_of
 from outgrow.trainers.models.tiny import tiny_config
 
 ROW = torch.full((1, 8), 3)
@@ -38,7 +40,20 @@ def test_every_expert_has_a_gradient_and_nothing_else_changes(gradient_checkpoin
     assert unused >= 3, "the row chose every expert, so nothing was shown"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2"])
+@pytest.mark.parametrize("chosen", [2, 4])
+def test_planning_knows_of_every_mixture(family: str, chosen: int) -> None:
+    config = tiny_config(family)
+    config.num_experts_per_tok, config.first_k_dense_replace = chosen, 1
+    for name in {"num_local_experts", "num_experts", "n_routed_experts"} & set(vars(config)):
+        setattr(config, name, 4)
+    found = shapes_of(meta_model(config, "fp32"), Case().recipe())
+    assert found["has_mixtures"]
+    assert found["expert_share"] == chosen / 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_mixtures_are_hooked(family: str) -> None:
     model = meta_model(tiny_config(family), "fp32")
     assert len(mixtures(model)) == (model.config.num_hidden_layers if family == "mixtral" else 0)
+    assert shapes_of(model, Case().recipe())["has_mixtures"] == (family == "mixtral")

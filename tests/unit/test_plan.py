@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -227,6 +228,14 @@ def test_refused_with_what_there_is_and_the_nearest(given: dict[str, Any], sente
         refuse(refused)
     assert str(caught.value) == f"this run cannot start\n  - {sentence}"
     assert render(refused).endswith(f"  - {sentence}")
+
+
+def test_experts_on_several_ranks_of_zero_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FACTS", replace(FACTS, has_mixtures=True))
+    asked = recipe(parallel={"kind": "zero", "stage": 2}, batch={"rows": 4})
+    (refusal,) = plan(asked, Site(workers=2)).refusals
+    assert refusal.asked == "a mixture of experts with parallel.stage 1 or 2 on several ranks"
+    assert not plan(asked, Site(workers=1)).refusals
 
 
 def test_all_refusals_come_at_once() -> None:

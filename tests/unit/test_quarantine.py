@@ -302,5 +302,5 @@ def test_a_record_that_tells_no_loss_is_refused_and_a_half_written_one_is_passed
     assert read_losses(storage, "runs/x") == ()
     for text in (b"", b"[]", b'{"stream": "a"}', b"\xff", b'"a"'):
         storage.write("runs/x/quarantine/a.00001.json", text)
-        with pytest.raises(IntegrityError, match=r"runs/x/quarantine/a\.00001\.json: this tells no lost shard"):
+        with pytest.raises(IntegrityError, match=r"runs/x/quarantine/a\.00001\.json: this is no ShardLoss"):
             read_losses(storage, "runs/x")

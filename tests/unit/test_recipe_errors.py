@@ -172,6 +172,21 @@ RECIPE_MISTAKES = [
     ),
     (
         "optimizer:",
+        "precision: fp16\noptimizer:",
+        "FILE:23: precision: given 'fp16'; allowed: fp32 | fp64 | bf16; did you mean bf16, which has the range of fp32?",
+    ),
+    (
+        "optimizer:",
+        "adapter: qlora\noptimizer:",
+        "FILE:23: adapter.kind: given 'qlora'; allowed: none | lora; did you mean {kind: lora, base: nf4}?",
+    ),
+    (
+        "path: corpus\n",
+        "path: corpus\n  validation_fraction: 0\nvalidation: {on_rise: {kind: stop, rise: 0.1}}\n",
+        "FILE:20: validation.on_rise: no document is held out to see a rise by; raise data.validation_fraction",
+    ),
+    (
+        "optimizer:",
         "parallel: fsdp\noptimizer:",
         "FILE:23: parallel.kind: given 'fsdp'; allowed: auto | ddp | fsdp2 | zero; did you mean fsdp2?",
     ),

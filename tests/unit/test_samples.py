@@ -17,6 +17,7 @@ import torch.distributed as dist
 from engine_cases import LENGTH, VOCAB, Case, born_engine, rows_of_steps, trained_steps
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from outgrow.processes import end_rank
 from outgrow.trainers.samples import continue_prompts
 
 EOS = 0
@@ -122,7 +123,7 @@ def _main(rank: int, folder: Path) -> None:
     case = Case(engine="fsdp2", shard=2, micro_rows=2, precision="fp64")
     found = {"with": run(case, rank, 9), "without": run(case, rank, 0)}
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,18 @@ def test_a_save_that_is_due_while_another_is_written_is_put_off_not_dropped(tmp_
     run.close()
 
 
+def test_a_run_that_goes_back_owes_no_save(tmp_path: Path) -> None:
+    storage = GatedStorage(tmp_path)
+    run, _ = saves(storage)
+    run.save(state(2))
+    run.save(state(4))
+    assert run.due(5)
+    storage.gate.set()
+    run.give_up()
+    assert not run.due(3) and saved_steps(storage) == [2]
+    run.close()
+
+
 def test_a_failed_save_is_told_and_the_failed_last_one_raises(tmp_path: Path) -> None:
     storage = GatedStorage(tmp_path)
     storage.gate.set()

@@ -76,8 +76,11 @@ def triangle(*, step: int, steps: int, top: float) -> float:
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("no_such_module:rate", "no_such_module:rate cannot be imported: No module named 'no_such_module'"),
-        ("math:no_such", "math:no_such cannot be imported: module 'math' has no attribute 'no_such'"),
+        (
+            "no_such_module:rate",
+            "no_such_module:rate cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("math:no_such", "math:no_such cannot be imported: AttributeError: module 'math' has no attribute 'no_such'"),
         (
             "builtins:dict",
             "builtins:dict returned {'step': 0, 'steps': 101} for step 0; allowed: a finite number of at least 0",

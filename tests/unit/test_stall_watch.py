@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from outgrow.processes import end_rank
 from outgrow.trainers import stall_watch
 from outgrow.trainers.stall_watch import COLLECTIVES, STACKS, StallWatch, write_dump
 
@@ -110,7 +111,7 @@ def _main(rank: int, folder: Path) -> None:
         time.sleep(0.05)
     dist.all_reduce(torch.ones(5))
     watch.close()
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from outgrow.contracts import Layout
 from outgrow.errors import SiteError
 from outgrow.recipes.deepspeed import deepspeed_config, extensions_folder, folders, merged
 from outgrow.recipes.schema import Recipe
-from outgrow.recipes.schema.deepspeed_keys import DECIDED
+from outgrow.recipes.schema.deepspeed_keys import DECIDED, KEYS
 from outgrow.recipes.schema.site import Site
+from outgrow.torchvision import ensure_importable
 
 LAYOUT = Layout(engine="zero", world=4, replicate=1, shard=4, global_rows=30, micro_rows=2, accumulation=4)
 
@@ -92,6 +93,26 @@ def test_what_lies_below_a_decided_key_is_refused_too() -> None:
         ({"zero_optimization": 3}, r"zero_optimization is 3; allowed: keys and values"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"reduce_bucket_size is 'auto'; allowed: a whole number"),
         ({"zero_optimization": {"stage3_max_live_parameters": float("nan")}}, r"stage3_max_live_parameters is nan"),
+        ({"zero_optimization": {"reduce_bucket": 7}}, r"zero_optimization.reduce_bucket: did you mean reduce_bucket_size\?"),
+        ({"zero_optimization": {"overlap_comm": "yes"}}, r"zero_optimization.overlap_comm is 'yes'; allowed: true or false"),
+        ({"zero_optimization": {"offload_param": {"buffers": 2}}}, r"offload_param.buffers: .*Allowed: buffer_count"),
+        ({"aio": 3}, r"aio is 3; allowed: keys and values"),
+        ({"aio": {"thread_count": -3}}, r"aio.thread_count: cannot be set here Allowed: block_size, queue_depth"),
+        ({"aio": {"block_size": "hello"}}, r"aio.block_size is 'hello'; allowed: a whole number of at least 1"),
+        ({"aio": {"queue_depth": 8.0}}, r"aio.queue_depth is 8.0; allowed: a whole number of at least 1"),
+        ({"aio": {"intra_op_parallelism": 0}}, r"aio.intra_op_parallelism is 0; allowed: a whole number of at least 1"),
+        ({"aio": {"overlap_events": 1}}, r"aio.overlap_events is 1; allowed: true or false"),
+        ({"wall_clock_breakdown": "maybe"}, r"wall_clock_breakdown is 'maybe'; allowed: true or false"),
+        ({"steps_per_print": 0}, r"steps_per_print is 0; allowed: a whole number of at least 1"),
+        ({"steps_per_print": True}, r"steps_per_print is True; allowed: a whole number of at least 1"),
+        ({"log_level": "loud"}, r"log_level is 'loud'; allowed: debug, info, warning, error or critical"),
+        ({"log_level": ["info"]}, r"log_level is \['info'\]; allowed: debug, info"),
+        ({"comms_logger": {"prof_ops": "all_reduce"}}, r"comms_logger.prof_ops is 'all_reduce'; allowed: a list of names"),
+        ({"flops_profiler": {"module_depth": 0}}, r"module_depth is 0; allowed: a whole number of at least 1, or -1 for all"),
+        ({"flops_profiler": {"recompute_fwd_factor": -1}}, r"recompute_fwd_factor is -1; allowed: a number of at least 0"),
+        ({"flops_profiler": {"output_file": 7}}, r"flops_profiler.output_file is 7; allowed: the path of a file"),
+        ({"timers": {"throughput": True}}, r"timers.throughput is True; allowed: keys and values"),
+        ({"zero_optimization": {3: True}}, r"zero_optimization.3: cannot be set here Allowed: contiguous_gradients"),
     ],
 )
 def test_what_deepspeed_would_pass_over_or_stumble_on_is_refused(given: dict[str, Any], said: str) -> None:
@@ -99,8 +120,53 @@ def test_what_deepspeed_would_pass_over_or_stumble_on_is_refused(given: dict[str
         recipe(deepspeed=given)
 
 
+def test_each_key_of_the_section_that_deepspeed_checks_is_either_free_or_decided() -> None:
+    ensure_importable()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    sections = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
+    theirs = {
+        f"{section}.{field.alias or name}" for section, model in sections.items() for name, field in model.model_fields.items()
+    }
+    ours = {path for path in (*KEYS, *DECIDED) if path.startswith("zero_optimization.")}
+    assert theirs == ours
+    assert not set(KEYS) & set(DECIDED)
+
+
+def test_each_key_of_the_other_sections_is_one_that_deepspeed_reads() -> None:
+    ensure_importable()
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+    from deepspeed.utils.logging import log_levels
+
+    theirs = {
+        "aio": set(AIO_DEFAULT_DICT),
+        "comms_logger": set(CommsLoggerConfig.model_fields),
+        "flops_profiler": set(vars(DeepSpeedFlopsProfilerConfig({}))),
+        "timers.throughput": set(DeepSpeedThroughputTimerConfig.model_fields),
+    }
+    for section, keys in theirs.items():
+        ours = {path.removeprefix(f"{section}.") for path in KEYS if path.startswith(f"{section}.")}
+        assert ours == keys, section
+    for level in log_levels:
+        assert config(deepspeed={"log_level": level})["log_level"] == level
+
+
 def test_what_changes_nothing_that_is_learned_may_be_set() -> None:
-    given = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 1e6, "offload_param": {}}}
+    aio = {"block_size": 1 << 20, "queue_depth": 8, "single_submit": False}
+    given = {
+        "wall_clock_breakdown": True,
+        "aio": aio,
+        "flops_profiler": {"module_depth": -1},
+        "zero_optimization": {"reduce_bucket_size": 1e6, "offload_param": {}},
+    }
     assert config(stage=3, deepspeed=given)["wall_clock_breakdown"] is True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -33,12 +35,15 @@ print("loaded")
 CLAIM = """
 import sys, time
 from pathlib import Path
+from outgrow.processes import end_rank
 from outgrow.trainers.scratch import claim
 
 folder = claim(Path(sys.argv[1]))
 (folder / "state").write_bytes(bytes(1000))
 print(folder, flush=True)
 time.sleep(float(sys.argv[2]))
+if sys.argv[3] == "rank":
+    end_rank(0)
 """
 
 
@@ -121,9 +126,9 @@ def test_a_missing_libaio_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @contextmanager
-def claiming(parent: Path, seconds: float) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process that has a folder below ``parent`` for so long, and the folder."""
-    command = [sys.executable, "-c", CLAIM, str(parent), str(seconds)]
+def claiming(parent: Path, seconds: float, end: str = "python") -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has a folder below ``parent`` for so long, and the folder; ``end`` "rank": as a run's rank ends."""
+    command = [sys.executable, "-c", CLAIM, str(parent), str(seconds), end]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -134,9 +139,10 @@ def claiming(parent: Path, seconds: float) -> Iterator[tuple[subprocess.Popen[st
 
 def test_folders_go_with_their_process_however_it_ends(tmp_path: Path) -> None:
     parent = tmp_path / "tier/offload"
-    with claiming(parent, 0) as (ended, _):
-        assert ended.wait(60) == 0
-    assert not list(parent.iterdir()), "an end in good order leaves nothing"
+    for end in ("python", "rank"):
+        with claiming(parent, 0, end) as (ended, _):
+            assert ended.wait(60) == 0
+        assert not list(parent.iterdir()), "an end in good order leaves nothing"
 
     with claiming(parent, 60) as (_, kept):
         with claiming(parent, 60) as (_, left):
@@ -146,3 +152,42 @@ def test_folders_go_with_their_process_however_it_ends(tmp_path: Path) -> None:
         assert not left.exists()
         assert (kept / "state").exists(), "its process is alive"
         assert sorted(path.name for path in parent.iterdir()) == [kept.name, f"{kept.name}.lock"]
+
+
+def test_what_another_user_holds_is_left_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_ours(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with claiming(tmp_path, 60) as (_, theirs):
+        monkeypatch.setattr(scratch, "_lock", not_ours)
+        scratch.sweep(tmp_path)
+        assert (theirs / "state").exists()
+
+
+def test_what_was_renamed_away_stays_and_its_lock_goes(tmp_path: Path) -> None:
+    with scratch.claimed(tmp_path, ".out.tmp") as aside:
+        (aside / "weights").write_bytes(b"1")
+        aside.rename(tmp_path / "out")
+    with scratch.claimed(tmp_path, ".other.tmp"), pytest.raises(OSError), scratch.claimed(tmp_path, ".out.tmp") as aside:
+        raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/weights").exists()
+
+
+def test_a_folder_of_another_name_is_not_swept_though_nobody_holds_it(tmp_path: Path) -> None:
+    for name in (".out.tmp-1-a", ".out-2.tmp-1-a", ".out[1].tmp-1-a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.lock").touch()
+    with scratch.claimed(tmp_path, ".out.tmp"), scratch.claimed(tmp_path, ".out[1].tmp"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-2.tmp-1-a", ".out-2.tmp-1-a.lock"]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with scratch.claimed(tmp_path, ".out.tmp") as first, scratch.claimed(tmp_path, ".out.tmp") as second:
+        assert first.is_dir() and second.is_dir() and first != second, "what may be another's is not removed"
+    assert not list(tmp_path.iterdir())

@@ -65,17 +65,6 @@ def choose(model: nn.Module, adapter: Lora) -> Chosen:
     return Chosen(tuple(adapted), tuple(whole), tuple(frozen))
 
 
-def trained_parameters(model: nn.Module, adapter: Lora) -> int:
-    """Numbers that are trained of ``model`` with ``adapter``, tied ones counted once; ``model`` is as it was built."""
-    chosen = choose(model, adapter)
-    whole = {id(p): p.numel() for name in chosen.whole for p in model.get_submodule(name).parameters()}
-    count = sum(whole.values())
-    for name in chosen.adapted:
-        out_features, in_features = model.get_submodule(name).weight.shape  # type: ignore[misc]
-        count += adapter.rank * (in_features + out_features) + (out_features if adapter.dora else 0)
-    return count
-
-
 def matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` fits a module's full name or its last parts: ``q_proj``, ``mlp.*``, ``model.layers.1?.*``."""
     parts = name.split(".")

@@ -15,16 +15,10 @@ from outgrow.errors import IntegrityError, ModelError
 from outgrow.storage import Storage
 from outgrow.trainers.checkpoint.catalog import examine
 from outgrow.trainers.checkpoint.format import BASE, LOADER, PIECES, RECIPE, Manifest, Piece, PieceIndex, TensorEntry, parse
-from outgrow.trainers.checkpoint.tensor_file import (
-    DTYPE_NAMES,
-    DTYPES,
-    LENGTH_BYTES,
-    Slot,
-    header_length,
-    parse_header,
-)
+from outgrow.trainers.checkpoint.tensor_file import DTYPE_NAMES, Slot, header_length, parse_header
 from outgrow.trainers.checkpoint.verified import VerifiedFiles
 from outgrow.trainers.regions import Region
+from outgrow.trainers.safetensors_header import DTYPES, LENGTH_BYTES
 
 BLOCK_BYTES = 64 * 1024 * 1024
 """Bytes of a tensor that are held besides the box that is being filled."""

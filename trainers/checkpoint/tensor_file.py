@@ -1,7 +1,7 @@
 """The layout of a safetensors file: eight bytes of length, a JSON header, then the tensors without a gap.
 
-Written and parsed here rather than by the safetensors package because the data section is our preallocated buffer, and because
-a reader must not touch a byte before its chunk is verified; the package reads the files as well.
+Written and read here rather than by the safetensors package because the data section is our preallocated buffer, and because a
+reader must not touch a byte before its chunk is verified; the package reads the files as well.
 """
 
 from __future__ import annotations
@@ -11,28 +11,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
 from outgrow.errors import IntegrityError
+from outgrow.trainers.safetensors_header import DTYPES, LENGTH_BYTES, NotSafetensors, header_bytes, parse
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors package."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +54,16 @@ def encode_header(slots: Iterable[Slot]) -> bytes:
 
 def header_length(prefix: bytes | bytearray, file_bytes: int, where: str) -> int:
     """Bytes of the JSON that follows the first eight. Raises ``IntegrityError`` where the file cannot hold it."""
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) != LENGTH_BYTES or not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
-        raise IntegrityError(f"not a safetensors file: a header of {length} bytes in a file of {file_bytes}", where=where)
-    return length
+    try:
+        return header_bytes(prefix, file_bytes)
+    except NotSafetensors as problem:
+        raise IntegrityError(f"not a safetensors file: {problem}", where=where) from None
 
 
 def parse_header(text: bytes, data_bytes: int, where: str) -> dict[str, Slot]:
-    """The slots of a header by key. Raises ``IntegrityError`` for anything but tensors that lie within ``data_bytes``."""
+    """The slots of a header by key. Raises ``IntegrityError`` for anything but tensors that fill ``data_bytes``."""
     try:
-        table = json.loads(text)
-        return {key: _slot(key, entry, data_bytes) for key, entry in table.items() if key != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"not a safetensors header: {error!r}", where=where) from None
-
-
-def _slot(key: str, entry: dict[str, Any], data_bytes: int) -> Slot:
-    start, stop = entry["data_offsets"]
-    slot = Slot(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
-    integers = all(type(number) is int for number in (start, stop, *slot.shape))
-    if not integers or not 0 <= start <= stop <= data_bytes or stop - start != prod(slot.shape) * slot.dtype.itemsize:
-        raise ValueError(
-            f"{key}: bytes {start} to {stop} cannot be {entry['dtype']} {entry['shape']} within {data_bytes} bytes"
-        )
-    return slot
+        entries = parse(text, data_bytes)
+    except NotSafetensors as problem:
+        raise IntegrityError(f"not a safetensors header: {problem}", where=where) from None
+    return {key: Slot(key, DTYPES[entry.dtype], entry.shape, entry.start, entry.stop) for key, entry in entries.items()}

@@ -16,6 +16,7 @@ from outgrow.trainers.engines.ddp import DdpEngine
 from outgrow.trainers.engines.engine import Engine, Mark, StepSums, unmarked
 from outgrow.trainers.engines.fsdp2 import Fsdp2Engine
 from outgrow.trainers.engines.plain import PlainEngine
+from outgrow.trainers.models.experts import mixtures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ def make_engine(
     the engine ``zero`` may write; by default those of a site that says nothing. Raises ``PlanError`` with everything in the
     recipe that cannot be had together on this device.
     """
-    combinations.require(recipe, device.type)
+    combinations.require(recipe, device.type, shares_experts=layout.world > 1 and bool(mixtures(model)))
     if layout.engine == "plain":
         return PlainEngine(recipe, model, device)
     if layout.engine == "ddp":

@@ -117,9 +117,11 @@ class GradientSums:
             self._start()
 
     def _start(self) -> None:
-        """Sum the next bucket. Its gradients become views of the message, so that they are there once and not copied back."""
+        """Sum the next bucket. Its gradients become views of the message, so that they are there once and not copied back; a
+        large one that is alone in its bucket is the message itself, and there never is a second one of it."""
         bucket = self._buckets[len(self._works)]
-        message = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
+        message = torch.cat(flat) if len(flat) > 1 else flat[0]
         for parameter, part in zip(bucket, torch.split(message, [p.numel() for p in bucket]), strict=True):
             parameter.grad = part.view(parameter.shape)
         work = dist.all_reduce(message, async_op=True)

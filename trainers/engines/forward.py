@@ -7,7 +7,6 @@ the device (whether its rows are packed, which tokens count) is read there, befo
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ class Forward:
         self._config = model.config
         self._called = model if through is None else through
         self._last_alone = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._loss = None if isinstance(recipe.cross_entropy, WholeLogits) else _head_loss(model, recipe)
+        self._loss = None if isinstance(recipe.cross_entropy, WholeLogits) else head_loss(model, recipe)
         if self._loss is not None:
             _give_loss(model, self._loss)
         set_attention(model, recipe.attention, recipe.precision, device)
@@ -78,16 +77,19 @@ class Forward:
         return moved(tensor, self._device)
 
 
-@dataclass(frozen=True)
 class _LossAt:
     """What the loss is of: ``positions`` int64 of tokens among all of the batch (None: all), their targets and weights.
 
-    An object of ours and no tuple, as engines of mixed precision cast every float that they find among arguments.
+    An object of ours, neither a tuple nor a dataclass: FSDP2 casts every float that it finds in those to bfloat16, and a weight
+    of 0.3 would be another.
     """
 
-    positions: torch.Tensor | None
-    targets: torch.Tensor
-    weights: torch.Tensor
+    __slots__ = ("positions", "targets", "weights")
+
+    def __init__(self, positions: torch.Tensor | None, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        self.positions = positions
+        self.targets = targets
+        self.weights = weights
 
 
 def counted_positions(targets: torch.Tensor, chunk: int) -> torch.Tensor | None:
@@ -101,7 +103,7 @@ def counted_positions(targets: torch.Tensor, chunk: int) -> torch.Tensor | None:
     return counted.nonzero().squeeze(1)
 
 
-def _head_loss(model: PreTrainedModel, recipe: Recipe) -> HeadLoss:
+def head_loss(model: PreTrainedModel, recipe: Recipe) -> HeadLoss:
     """The loss from hidden states that the recipe asks for."""
     family = model.config.model_type
     if family not in TESTED:
@@ -114,7 +116,7 @@ def _head_loss(model: PreTrainedModel, recipe: Recipe) -> HeadLoss:
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
     if isinstance(recipe.cross_entropy, ChunkedLogits):
         return ChunkedNll(recipe.cross_entropy.tokens, cap)
-    return liger_nll(cap)
+    return liger_nll(model.get_output_embeddings(), cap)  # type: ignore[no-untyped-call]
 
 
 def _give_loss(model: PreTrainedModel, loss: HeadLoss) -> None:

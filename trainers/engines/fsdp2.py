@@ -1,4 +1,7 @@
-"""The engine that shards: PyTorch's FSDP2 (``fully_shard``) on every block and on the root, over a mesh of replicas x shards.
+"""The engine that shards: PyTorch's FSDP2 (``fully_shard``) on every block, over a mesh of replicas x shards.
+
+Embedding and head are each gathered and reduced as one too: left to the root, both would stay whole from the first layer's
+forward to the end of the backward pass, with the head's gradient. Where they share their weights they are the root's.
 
 Gradients are summed, never averaged: the loss of each rank is already divided by the weight of the global batch. Unless the
 recipe says otherwise, every micro-batch's gradient is reduce-scattered at once and kept as this rank's float32 shard: keeping
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -27,7 +31,7 @@ from outgrow.trainers.engines.engine import Mark, StepSums
 from outgrow.trainers.engines.forward import Forward
 from outgrow.trainers.engines.materialise import materialise
 from outgrow.trainers.engines.replicas import fill_all
-from outgrow.trainers.models.families import blocks, names_in_blocks
+from outgrow.trainers.models.families import blocks, embedding_and_head, names_in_blocks
 from outgrow.trainers.optimizers import make_optimizer
 from outgrow.trainers.regions import TensorSource, fill
 
@@ -49,7 +53,7 @@ class Fsdp2Engine:
         self._replicas = mesh.get_group("replicate") if layout.replicate > 1 else None
         prepare_blocks(model, recipe)
         self._model = model
-        self._root = _shard(model, mesh, recipe, settings, device)
+        self._root, *self._stay_whole = _shard(model, mesh, recipe, settings, device)
         materialise(model, device, parameters_on=self._home)
         # Held from the start: between forward and backward the modules show gathered parameters in place of these shards.
         self._parameters = dict(model.named_parameters())
@@ -88,15 +92,14 @@ class Fsdp2Engine:
     def evaluate(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self._model.train(False)
         sums = self._forward.sums(batch)
-        # The root stays gathered after a forward pass, for a backward pass that does not come here.
-        self._root.reshard()
+        self._let_go()
         return sums
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self._model.train(False)
         logits = self._forward.last_logits(token_ids, segments, positions)
-        self._root.reshard()  # as after `evaluate`
+        self._let_go()
         return logits
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -120,6 +123,11 @@ class Fsdp2Engine:
         dist.all_reduce(total)
         return total
 
+    def _let_go(self) -> None:
+        """Reshard after a forward pass that no backward pass follows."""
+        for module in (self._root, *self._stay_whole):
+            module.reshard()
+
     def _reshard_all(self) -> None:
         """Let go of whole parameters that an evaluation left behind: they would compute in place of what is loaded now."""
         for module in self._model.modules():
@@ -130,48 +138,55 @@ class Fsdp2Engine:
 def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     """``replicate`` x ``shard``, neighbouring ranks in one shard group; ``shard`` alone where there is one replica."""
     if layout.world == 1 and not dist.is_initialized():
-        # One rank alone was started without a group; this one meets nobody and lasts as long as the process.
+        # One rank alone was started without a group; this one meets nobody, and who started the rank ends it.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
     if layout.replicate == 1:
         return init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, recipe: Recipe, settings: Fsdp2, device: torch.device) -> FSDPModule:
-    """``model`` itself in its new class, its parameters now DTensors on meta."""
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, recipe: Recipe, settings: Fsdp2, device: torch.device) -> list[FSDPModule]:
+    """``model`` itself in its new class, its parameters now DTensors on meta; then what else stays gathered after a forward
+    pass, for the backward pass that begins with it."""
     precision = MixedPrecisionPolicy()
     if recipe.precision == "bf16":
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     offload = OffloadPolicy()
     if settings.offload == "cpu":
         offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    sharded = [
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=precision,
-            reshard_after_forward=settings.reshard_after_forward,
-            offload_policy=offload,
+
+    def sharded(module: nn.Module, reshard_after_forward: bool) -> FSDPModule:
+        return fully_shard(
+            module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward, offload_policy=offload
         )
-        for block in blocks(model)
-    ]
+
+    embedding, head = embedding_and_head(model)
+    units = [sharded(module, settings.reshard_after_forward) for module in (embedding, *blocks(model)) if module is not None]
+    if isinstance(embedding, FSDPModule):
+        embedding.set_unshard_in_backward(False)  # its gradient is of which rows were looked up, not of what they are
+    # The backward pass begins with the head: gathered again at once, it would have been let go for nothing.
+    stay_whole = [sharded(head, reshard_after_forward=False)] if head is not None else []
+    units += stay_whole
     root = fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # A factor alone asks for NCCL's PREMUL_SUM, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(root, sharded, settings.prefetch_blocks)
-    return root
+    _prefetch(root, units, settings.prefetch_blocks)
+    return [root, *stay_whole]
 
 
-def _prefetch(root: FSDPModule, blocks: Sequence[FSDPModule], ahead: int) -> None:
-    """Gather so many blocks before the one that computes: those after it in the forward pass, those before it in the backward
+def _prefetch(root: FSDPModule, units: Sequence[FSDPModule], ahead: int) -> None:
+    """Gather so many units before the one that computes: those after it in the forward pass, those before it in the backward
     pass. The root's own parameters come first in both."""
-    for number, block in enumerate(blocks):
-        before = blocks[max(0, number - ahead) : number][::-1]
-        block.set_modules_to_forward_prefetch(list(blocks[number + 1 : number + 1 + ahead]))
-        # Without a list FSDP2 takes the block before by itself; a block that is there already is gathered no second time.
-        block.set_modules_to_backward_prefetch(list(before) or [block])
-    root.set_modules_to_forward_prefetch(list(blocks[:ahead]))
-    root.set_modules_to_backward_prefetch(list(blocks[::-1][:ahead]) or [root])
+    # The backward pass ends with the first unit that trains something.
+    trains = [any(parameter.requires_grad for parameter in unit.parameters()) for unit in units]  # type: ignore[attr-defined]
+    first = trains.index(True) if True in trains else 0
+    for number, unit in enumerate(units):
+        before = units[max(first, number - ahead) : number][::-1]
+        unit.set_modules_to_forward_prefetch(list(units[number + 1 : number + 1 + ahead]))
+        # Without a list FSDP2 takes the unit before by itself; one that is there already is gathered no second time.
+        unit.set_modules_to_backward_prefetch(list(before) or [unit])
+    root.set_modules_to_forward_prefetch(list(units[:ahead]))
+    root.set_modules_to_backward_prefetch(list(units[::-1][:ahead]) or [root])

@@ -13,7 +13,7 @@ transformers makes no mask for functions of ours; they work on what ``masks.atte
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from outgrow.errors import ModelError
 from outgrow.recipes.schema.speed import Attention
@@ -50,7 +51,9 @@ def set_attention(model: PreTrainedModel, asked: Attention, precision: Precision
         if asked != "auto":
             raise ModelError(f"attention is {asked}, but a custom model computes its own", where="attention", hint="auto")
         return
-    model.config._attn_implementation = implementation(asked, model.config, precision, device)
+    name = implementation(asked, model.config, precision, device)
+    _register_kernel(name)
+    model.config._attn_implementation = name
 
 
 def implementation(asked: Attention, config: PretrainedConfig, precision: Precision, device: torch.device) -> str:
@@ -192,7 +195,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def by_documents(kernel: Callable[[], _Kernel]) -> Callable[..., tuple[torch.Tensor, None]]:
+def by_documents(kernel: _Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
     """An attention function of transformers around a kernel that takes documents one behind the other.
 
     ``cu_seq_lens_q`` int32 [documents + 1] and ``max_length_q`` come through the keyword arguments of the model.
@@ -215,7 +218,7 @@ def by_documents(kernel: Callable[[], _Kernel]) -> Callable[..., tuple[torch.Ten
         rows, heads, length, width = query.shape
         query, key, value = (t.transpose(1, 2).reshape(rows * length, -1, width) for t in (query, key, value))
         scale = width**-0.5 if scaling is None else scaling
-        output = kernel()(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window, softcap=softcap)
+        output = kernel(query, key, value, cu_seq_lens_q, max_length_q, scale=scale, window=sliding_window, softcap=softcap)
         return output.reshape(rows, length, heads, width), None
 
     return attention
@@ -233,7 +236,7 @@ def _varlen_kernel() -> Callable[..., Any] | None:
 def _varlen() -> _Kernel:
     varlen_attn = _varlen_kernel()
     assert varlen_attn is not None
-    known = inspect.signature(varlen_attn).parameters
+    known = frozenset(inspect.signature(varlen_attn).parameters)
 
     def kernel(
         query: torch.Tensor,
@@ -299,7 +302,28 @@ def _flash() -> _Kernel:
     return kernel
 
 
+_KERNELS: Mapping[str, Callable[[], _Kernel]] = {VARLEN: _varlen, FLASH: _flash}
+"""What fetches a kernel that may not be installed."""
+
+
+def _register_kernel(name: str) -> None:
+    """Let transformers find the attention ``name`` if it is one of a kernel that is fetched; once a process.
+
+    Not as a block calls it: the compiler would trace the import and the caches. Nor anew for every model: blocks that are
+    compiled already would be compiled again for another function.
+    """
+    if name not in _KERNELS or name in ALL_ATTENTION_FUNCTIONS:
+        return
+    try:
+        kernel = _KERNELS[name]()
+    except (ImportError, OSError) as error:  # as of one that was built for another torch
+        raise ModelError(
+            f"the kernel of {name} cannot be imported: {error}",
+            where="attention",
+            hint=f"attention=sdpa, or install it as built for torch {torch.__version__}",
+        ) from error
+    AttentionInterface.register(name, by_documents(kernel))
+
+
 AttentionInterface.register(SDPA, _sdpa)
 AttentionInterface.register(FLEX, _flex)
-AttentionInterface.register(VARLEN, by_documents(_varlen))
-AttentionInterface.register(FLASH, by_documents(_flash))

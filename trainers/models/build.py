@@ -167,7 +167,8 @@ def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFa
     """
     config = config_for(recipe, site, card)
     if not is_custom(config):
-        require_checked(config.model_type, Path(site.cache).expanduser())
+        where = str(weights_folder(site, recipe.model.path)) if isinstance(recipe.model, FolderModel) else "model.family"
+        require_checked(config.model_type, Path(site.cache).expanduser(), where)
     model = meta_model(config, recipe.precision)
     sizes = [parameter.numel() for parameter in model.parameters()]
     return ModelFacts(
@@ -183,13 +184,13 @@ def facts(recipe: Recipe, site: Site, card: Vocabulary | None = None) -> ModelFa
     )
 
 
-def config_class(model_type: str) -> type[PretrainedConfig]:
+def config_class(model_type: str, where: str = "model.family") -> type[PretrainedConfig]:
     """transformers' configuration class of a family that predicts next tokens. Raises ``ModelError`` with the nearest name."""
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
         raise ModelError(
             f"transformers knows no family '{model_type}' that predicts next tokens",
-            where="model.family",
+            where=where,
             hint=f"did you mean {near[0]}?" if near else "tested are llama, mistral, qwen3, gemma2, mixtral",
         )
     return type(AutoConfig.for_model(model_type))
@@ -258,6 +259,12 @@ def _from_folder(
 def folder_config(folder: Path) -> PretrainedConfig:
     """The configuration in a local Hugging Face folder. Raises ``ModelError`` where there is none that transformers knows."""
     path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelError("there is no such folder", where=str(folder), hint="sources in site.yaml says where a name leads to")
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise ModelError(
+            "this is an adapter alone", where=str(folder), hint="outgrow export RUN FOLDER --merged writes the whole model"
+        )
     if not path.is_file():
         raise ModelError("no config.json here", where=str(folder), hint="a Hugging Face model folder has one")
     manifest = read_manifest(folder)
@@ -265,7 +272,7 @@ def folder_config(folder: Path) -> PretrainedConfig:
         verify_tree(folder, {path.name: manifest.files[path.name]})
     try:
         model_type = json.loads(path.read_bytes())["model_type"]
-        config_class(model_type)
+        config_class(model_type, str(path))
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (*REFUSALS, OSError) as error:
         raise ModelError(f"not a configuration that transformers can read: {error}", where=str(path)) from error

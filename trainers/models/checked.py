@@ -18,13 +18,16 @@ from outgrow.trainers.models.families import TESTED
 _FILE = "checked-models.json"
 
 
-def require_checked(model_type: str, cache: Path) -> None:
-    """Raise ``ModelError`` for a family that is neither tested nor has passed the probes with the installed versions."""
+def require_checked(model_type: str, cache: Path, where: str = "model.family") -> None:
+    """Raise ``ModelError`` for a family that is neither tested nor has passed the probes with the installed versions.
+
+    ``where`` says where the family was read.
+    """
     if model_type in TESTED or model_type in checked(cache):
         return
     raise ModelError(
         f"{model_type} has not been checked with {_versions()}; tested are {', '.join(TESTED)}",
-        where="model.family",
+        where=where,
         hint=f"run: outgrow model check {model_type}",
     )
 

@@ -105,7 +105,8 @@ def _built(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         raise ModelError(
             f"{name} cannot be imported: {type(error).__name__}: {error}",
             where=WHERE,
-            hint="the module must be importable on every node: install it there, or check its name",
+            hint="the module must be importable on every node: install it there (pip install FOLDER); on this machine alone, "
+            "PYTHONPATH=FOLDER before the command will do. Else check its name",
         ) from error
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -151,8 +152,10 @@ def _problems(module: nn.Module) -> Iterator[str]:
 
 def _shape_problems(module: nn.Module) -> Iterator[str]:
     blocks, inside = getattr(module, "blocks", None), {id(part) for part in module.modules()}
-    if not isinstance(blocks, nn.ModuleList | Sequence) or not len(blocks):
+    if not isinstance(blocks, nn.ModuleList | Sequence):
         yield "attribute 'blocks' is missing: the list of its repeated modules"
+    elif not len(blocks):
+        yield "attribute 'blocks' is empty: it must have the repeated modules in it, one at least"
     elif not all(isinstance(block, nn.Module) and id(block) in inside for block in blocks):
         yield "attribute 'blocks' has members that are no modules of the model"
     elif len({id(block) for block in blocks}) < len(blocks):

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What families call the number of a mixture's experts: Mixtral, Qwen and OLMoE, DeepSeek."""
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -31,6 +35,13 @@ class _ZeroGradients(torch.autograd.Function):
 def mixtures(model: nn.Module) -> list[nn.Module]:
     """The modules that route tokens to ``experts``."""
     return [module for module in model.modules() if isinstance(getattr(module, "experts", None), nn.Module)]
+
+
+def expert_share(config: PretrainedConfig) -> float:
+    """Of the experts of a mixture, those that a token goes to; 1 where the configuration does not say how many there are."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = next((number for name in _EXPERT_COUNTS if (number := getattr(config, name, None))), None)
+    return chosen / experts if experts and chosen else 1.0
 
 
 def give_every_expert_a_gradient(model: nn.Module) -> None:

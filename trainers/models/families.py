@@ -6,6 +6,7 @@ Five families are proven by tests. Another one is refused until ``outgrow model 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,23 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(lists[0])
 
 
+def embedding_and_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The token embedding and the head, where no other module shares weights of theirs; else two None.
+
+    Of a custom model neither is known, nor the head of a family that does not name it.
+    """
+    if isinstance(model, CustomLanguageModel):
+        return None, None
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        return None, None
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    if any(holders[id(parameter)] > 1 for module in (embedding, head) for parameter in module.parameters()):
+        return None, None
+    return embedding, head
+
+
 def names_in_blocks(model: nn.Module) -> set[str]:
     """The names of all parameters that lie within transformer blocks."""
     inside = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
@@ -124,7 +142,9 @@ _ONLY_VALUES: Mapping[str, _OnlyValue] = {
     "router_jitter_noise": _OnlyValue(0.0, _RANDOM),
     "pretraining_tp": _OnlyValue(1, "slicing one matrix product over ranks of a past run is not supported"),
     "use_bidirectional_attention": _OnlyValue(False, "next-token prediction needs causal attention"),
-    "quantization_config": _OnlyValue(None, "quantised weights cannot be trained"),
+    "quantization_config": _OnlyValue(
+        None, "quantised weights cannot be trained; take the folder of the original ones, which adapter.base: nf4 quantises"
+    ),
 }
 
 
@@ -138,4 +158,4 @@ def check_values(config: PretrainedConfig, where: str) -> None:
         if rule is not None and value is not None and value != rule.value:
             problems.append(f"{key} is {value!r}; only {rule.value!r} is supported: {rule.reason}")
     if problems:
-        raise ModelError("; ".join(problems), where=where, hint="set these keys to the supported values")
+        raise ModelError("\n".join(problems), where=where)

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from outgrow.errors import ModelError
-from outgrow.trainers.checkpoint.tensor_file import LENGTH_BYTES
-from outgrow.trainers.models.safetensors_header import DTYPES, Entry, header_bytes, parse
 from outgrow.trainers.regions import Region
+from outgrow.trainers.safetensors_header import DTYPES, LENGTH_BYTES, Entry, NotSafetensors, header_bytes, parse
 
 
 class SafetensorsFile:
@@ -25,12 +24,16 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         """Map the file. Raises ``ModelError`` where its header is not true of it, before a byte of a tensor is used."""
-        where = str(path)
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
-            length = header_bytes(file.read(LENGTH_BYTES), num_bytes, where)
-            self._data_start = LENGTH_BYTES + length
-            self.entries: Mapping[str, Entry] = parse(file.read(length), num_bytes - self._data_start, where)
+            try:
+                length = header_bytes(file.read(LENGTH_BYTES), num_bytes)
+                self._data_start = LENGTH_BYTES + length
+                self.entries: Mapping[str, Entry] = parse(file.read(length), num_bytes - self._data_start)
+            except NotSafetensors as problem:
+                raise ModelError(
+                    f"not a whole safetensors file: {problem}", where=str(path), hint="fetch or save it again"
+                ) from None
             # Private and writable: torch warns of memory that it may not write to, even where it never does.
             self._map = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
 

@@ -9,6 +9,7 @@ from torch import nn
 from outgrow.recipes.schema import Recipe
 from outgrow.recipes.schema.adapter import Lora
 from outgrow.trainers.adapters.targets import choose
+from outgrow.trainers.models.experts import expert_share, mixtures
 from outgrow.trainers.models.families import attention_implementation, blocks, layer_windows
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ def shapes_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     own = blocks(model)
     linear = [f"{names[id(module)]}.weight" for block in own for module in block.modules() if isinstance(module, nn.Linear)]
     adapted, whole = _chosen(model, recipe)
-    experts, chosen = getattr(config, "num_local_experts", None), getattr(config, "num_experts_per_tok", None)
     transformers_own = getattr(config, "num_attention_heads", None) is not None
     return {
         "shapes": {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
@@ -35,7 +35,8 @@ def shapes_of(model: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
         "heads": getattr(config, "num_attention_heads", None) or 0,
         "eager_attention": transformers_own and attention_implementation(config) == "eager",
         "mask_kinds": len(layer_windows(config)) if transformers_own else 0,
-        "expert_share": chosen / experts if experts and chosen else 1.0,
+        "has_mixtures": bool(mixtures(model)),
+        "expert_share": expert_share(config),
     }
 
 

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 
 from outgrow.contracts import Batch, Layout
 from outgrow.errors import TrainingError
+from outgrow.processes import end_rank
 from outgrow.recipes.schema import Recipe
 from outgrow.trainers.engines import make_engine, unmarked
 from outgrow.trainers.models.build import checked_config, folder_config, meta_model
@@ -121,6 +122,7 @@ def _as_rank(folder: Path, rank: int) -> None:
     finally:
         dist.destroy_process_group()
     print(json.dumps(figures))
+    end_rank(0)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,11 @@ class FolderWeights:
         self._verify(self._files[name])
         return self._open[self._files[name]].read(name, region)
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel, *, values: bool = True) -> None:
         """Raise one ``ModelError`` with every tensor that is missing, extra, misshapen or not of floats, and every untied head.
 
-        A tensor that the model ties to another may be absent, or present and equal to it. ``model`` may be on meta.
+        A tensor that the model ties to another may be absent, or present and equal to it, which is read only where ``values``
+        are to be. ``model`` may be on meta.
         """
         parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         aliases = tied_names(model)
@@ -81,12 +82,16 @@ class FolderWeights:
                 problems.append(f"misshapen: {name} is {list(self.shape(name))}, the model's is {list(expected)}")
             elif (dtype := self._open[self._files[name]].entries[name].dtype) not in _FLOATS:
                 problems.append(f"not of floats: {name} is {dtype}")
-            elif name in aliases and aliases[name] in self._files and not self._equal(name, aliases[name]):
+            elif values and name in aliases and aliases[name] in self._files and not self._equal(name, aliases[name]):
                 problems.append(
                     f"not tied: {name} differs from {aliases[name]}, which config.json (tie_word_embeddings) says it is"
                 )
         if problems:
-            raise ModelError("the weights do not fit the model\n" + "\n".join(problems), where=str(self.folder))
+            raise ModelError(
+                "the weights do not fit the model\n" + "\n".join(problems),
+                where=str(self.folder),
+                hint="config.json, or the files beside it, are of another model",
+            )
 
     def _equal(self, one: str, other: str) -> bool:
         return all(torch.equal(self.read(one, part), self.read(other, part)) for part in row_parts(self.shape(one)))
@@ -162,7 +167,7 @@ def _files_of_names(folder: Path) -> dict[str, str]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelError(f"'{name}' is not the name of a safetensors file in this folder", where=str(index))
         if not (folder / name).is_file():
-            raise ModelError(f"{name} is missing", where=str(index))
+            raise ModelError(f"{name} is missing", where=str(index), hint="fetch the folder again; it is not whole")
     return files
 
 

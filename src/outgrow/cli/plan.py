@@ -160,25 +160,29 @@ def _plan_elsewhere(opened: Opened, machines: _Elsewhere, workers: int | None) -
         free_bytes=machines.disk_bytes,
         environment={},
         tier_bytes=machines.disk_bytes,
+        one_disk=True,
     )
     typer.echo(f"a forecast for {machines}; nothing can be started from here")
-    typer.echo(render(made))
+    typer.echo(render(made, elsewhere=True))
     if made.refusals:
         raise typer.Exit(2)
 
 
 def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, target: Target, *, fresh: bool) -> Plan:
     """The plan of a run that goes to ``target``; ``inventory`` is of the machines that it has."""
-    from outgrow.cluster.plan import make_plan
+    from outgrow.cluster.plan import make_plan, resolve_ranks
     from outgrow.cluster.ray_environment import driver_environment
     from outgrow.monitoring.trackers import check_trackers, tracker_environment
     from outgrow.trainers.models.build import facts
+    from outgrow.trainers.preflight import obstacles
     from outgrow.trainers.schedule import learning_rate
 
     learning_rate(opened.recipe, 0, 1)  # a custom schedule that cannot be called is refused here
     check_trackers(opened.recipe)
     if card is not None:
         _check_tokenizer(opened, card)
+    model = facts(opened.recipe, opened.site, card)
+    run = _taken_up(opened, card, fresh=fresh)  # after all that is wrong with the recipe by itself
     embedded = target.address is None
     environment = driver_environment(opened.site.cluster.token_file, embedded=embedded, environment=os.environ)
     return make_plan(
@@ -186,12 +190,14 @@ def plan_run(opened: Opened, inventory: Inventory, card: DatasetCard | None, tar
         opened.site,
         inventory,
         card,
-        facts(opened.recipe, opened.site, card),
-        free_bytes=_room(opened, card, fresh=fresh),
+        model,
+        free_bytes=_room(opened, run),
         environment=environment | tracker_environment(opened.recipe.logging.trackers),
         tier_bytes=_tier_room(opened.site) if embedded else None,
+        one_disk=embedded and _is_one_disk(opened.site),
         cluster=target.address,
         reading=_reading(opened, card) if card is not None and embedded else None,
+        met=obstacles(opened.recipe, opened.site, card, resolve_ranks(opened.site, inventory).device, run) if embedded else (),
     )
 
 
@@ -204,6 +210,17 @@ def _tier_room(site: Site) -> int | None:
     first = site.tiers[0]
     free = max(0, (Storage(first.path).free_bytes() or 0) - first.reserve_bytes)
     return free if first.capacity_bytes is None else min(free, first.capacity_bytes)
+
+
+def _is_one_disk(site: Site) -> bool:
+    """Whether the storage of runs and the first tier are on one disk of this machine."""
+    from outgrow.storage import Storage, nearest_folder
+
+    storage = site.open_storage()
+    if not site.tiers or not storage.is_local:
+        return False
+    folders = (Path(root.path("")) for root in (storage, Storage(site.tiers[0].path)))
+    return len({nearest_folder(folder).stat().st_dev for folder in folders}) == 1
 
 
 def _reading(opened: Opened, card: DatasetCard) -> DataReading | None:
@@ -237,19 +254,25 @@ def _check_tokenizer(opened: Opened, card: DatasetCard) -> None:
         raise
 
 
-def _room(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> int | None:
-    """Bytes that the storage has for this run: free ones, and those of the checkpoints it will replace; None for a bucket.
+def _taken_up(opened: Opened, card: DatasetCard | None, *, fresh: bool) -> str | None:
+    """The folder of the run that would be taken up; None for a new one.
 
     Raises ``RunError`` where the name is already that of a run that learns something else.
     """
     from outgrow.cluster.runs import choose
+
+    if card is None:
+        return None
+    run, stored = choose(opened.site.open_storage(), opened.recipe, card.data_fingerprint, fresh=fresh)
+    return run.folder if stored is not None else None
+
+
+def _room(opened: Opened, run: str | None) -> int | None:
+    """Bytes that the storage has for a run: free ones, and those of the checkpoints it will replace; None for a bucket."""
     from outgrow.trainers.checkpoint.catalog import list_checkpoints
 
     storage = opened.site.open_storage()
     free = storage.free_bytes()
-    if card is None:
+    if free is None or run is None:
         return free
-    run, stored = choose(storage, opened.recipe, card.data_fingerprint, fresh=fresh)
-    if free is None or stored is None:
-        return free
-    return free + sum(checkpoint.bytes for checkpoint in list_checkpoints(storage, run.folder))
+    return free + sum(checkpoint.bytes for checkpoint in list_checkpoints(storage, run))

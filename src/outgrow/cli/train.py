@@ -147,9 +147,13 @@ def _terminable() -> Iterator[None]:
 
 
 def _print_end(opened: Opened, recipe: Path, site: Path | None, result: RunResult) -> None:
+    from outgrow.recipes.schema.adapter import NoAdapter
+    from outgrow.recipes.schema.model import CustomModel
+
     worker = result.worker
     validation = f", validation loss {worker.validation_loss:.4f}" if worker.validation_loss is not None else ""
     root, name = opened.site.storage.rstrip("/"), PurePosixPath(result.run.folder).name
+    merged = "" if isinstance(opened.recipe.adapter, NoAdapter) else " --merged"
     best, take_best = worker.best, " --best" if worker.best and worker.best.step != worker.step else ""
     lines = [
         "",
@@ -161,8 +165,8 @@ def _print_end(opened: Opened, recipe: Path, site: Path | None, result: RunResul
         *([f"  best        {root}/{best.folder}  ({best.metric} {best.loss:.4f})"] if best and take_best else []),
         "next:",
         f"  outgrow report {name}{_site_words(site)}",
-        f"  outgrow export {name} FOLDER{take_best}{_site_words(site)}",
-        "  outgrow generate FOLDER 'Once upon a time'",
+        f"  outgrow export {name} FOLDER{merged}{take_best}{_site_words(site)}",
+        *([] if isinstance(opened.recipe.model, CustomModel) else ["  outgrow generate FOLDER 'Once upon a time'"]),
     ]
     typer.echo("\n".join(lines))
 

@@ -23,7 +23,7 @@ def join(device: torch.device, extensions: Path) -> None:
     ``extensions`` is where it compiles, should it have to.
     """
     if not dist.is_initialized():
-        # One rank alone was started without a group; this one meets nobody and lasts as long as the process.
+        # One rank alone was started without a group; this one meets nobody, and who started the rank ends it.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
     # What its launcher would say; read at import, and again in every step.
     os.environ["DS_ACCELERATOR"] = device.type

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from outgrow.errors import ModelError
-from outgrow.trainers.checkpoint.tensor_file import LENGTH_BYTES, MAX_HEADER_BYTES
-
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors package."""
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,66 +52,68 @@ class Entry:
     stop: int
 
 
-def header_bytes(prefix: bytes, file_bytes: int, where: str) -> int:
-    """Length of the JSON behind the first eight bytes, ``prefix``. Raises ``ModelError`` where the file cannot hold it."""
+class NotSafetensors(ValueError):
+    """What a file says of itself is not true."""
+
+
+def header_bytes(prefix: bytes | bytearray, file_bytes: int) -> int:
+    """Length of the JSON behind the first eight bytes, ``prefix``. Raises ``NotSafetensors`` where the file cannot hold it."""
     if len(prefix) < LENGTH_BYTES:
-        raise _not_whole(f"{file_bytes} bytes, of which the length of the header alone takes {LENGTH_BYTES}", where)
+        raise NotSafetensors(f"{file_bytes} bytes, of which the length of the header alone takes {LENGTH_BYTES}")
     length, most = int.from_bytes(prefix, "little"), file_bytes - LENGTH_BYTES
     if length > most:
-        raise _not_whole(f"its header has {length:,} bytes, and {most:,} are there", where)
+        raise NotSafetensors(f"its header has {length:,} bytes, and {most:,} are there")
     if length > MAX_HEADER_BYTES:
-        raise _not_whole(f"its header has {length:,} bytes; allowed: {MAX_HEADER_BYTES:,}", where)
+        raise NotSafetensors(f"its header has {length:,} bytes; allowed: {MAX_HEADER_BYTES:,}")
     return length
 
 
-def parse(text: bytes, data_bytes: int, where: str) -> dict[str, Entry]:
+def parse(text: bytes, data_bytes: int) -> dict[str, Entry]:
     """The tensors of a header by name, which fill ``data_bytes`` one after the other without a gap.
 
-    Raises ``ModelError`` with the tensor that cannot be so.
+    Raises ``NotSafetensors`` with the tensor that cannot be so.
     """
     try:
         table = json.loads(text, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        raise _not_whole(f"its header is not JSON: {error}", where) from None
+        raise NotSafetensors(f"its header is not JSON: {error}") from None
     except _Twins as twins:
-        raise _not_whole(f"its header names {ascii(twins.name)} twice", where) from None
+        raise NotSafetensors(f"its header names {ascii(twins.name)} twice") from None
     if not isinstance(table, dict):
-        raise _not_whole("its header is not a JSON object", where)
-    entries = {name: _entry(name, given, where) for name, given in table.items() if name != _METADATA}
-    _check_cover(entries, data_bytes, where)
+        raise NotSafetensors("its header is not a JSON object")
+    entries = {name: _entry(name, given) for name, given in table.items() if name != _METADATA}
+    _check_cover(entries, data_bytes)
     return entries
 
 
-def _entry(name: str, given: Any, where: str) -> Entry:
+def _entry(name: str, given: Any) -> Entry:
     if not isinstance(given, dict) or given.keys() != _KEYS:
-        raise _not_whole(f"{ascii(name)}: dtype, shape and data_offsets are asked for, and nothing else", where)
+        raise NotSafetensors(f"{ascii(name)}: dtype, shape and data_offsets are asked for, and nothing else")
     dtype, shape, offsets = given["dtype"], given["shape"], given["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _not_whole(f"{ascii(name)}: unknown dtype {ascii(dtype)}; known: {', '.join(DTYPES)}", where)
+        raise NotSafetensors(f"{ascii(name)}: unknown dtype {ascii(dtype)}; known: {', '.join(DTYPES)}")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise _not_whole(f"{ascii(name)}: its shape and its two offsets must be whole numbers from 0", where)
+        raise NotSafetensors(f"{ascii(name)}: its shape and its two offsets must be whole numbers from 0")
     start, stop = offsets
     needed = prod(shape) * DTYPES[dtype].itemsize
     if stop - start != needed:
-        raise _not_whole(
-            f"{ascii(name)}: {dtype} {shape} takes {needed:,} bytes, and bytes {start:,} to {stop:,} hold it", where
-        )
+        raise NotSafetensors(f"{ascii(name)}: {dtype} {shape} takes {needed:,} bytes, and bytes {start:,} to {stop:,} hold it")
     return Entry(dtype, tuple(shape), start, stop)
 
 
-def _check_cover(entries: Mapping[str, Entry], data_bytes: int, where: str) -> None:
+def _check_cover(entries: Mapping[str, Entry], data_bytes: int) -> None:
     """Raise where two tensors share bytes, bytes belong to none, or a tensor ends behind the file."""
     end, before = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.stop > data_bytes:
-            raise _not_whole(f"{ascii(name)} ends at byte {entry.stop:,} of {data_bytes:,}", where)
+            raise NotSafetensors(f"{ascii(name)} ends at byte {entry.stop:,} of {data_bytes:,}")
         if entry.start < end:
-            raise _not_whole(f"{ascii(name)} and {ascii(before)} overlap", where)
+            raise NotSafetensors(f"{ascii(name)} and {ascii(before)} overlap")
         if entry.start > end:
-            raise _not_whole(f"bytes {end:,} to {entry.start:,}, before {ascii(name)}, belong to no tensor", where)
+            raise NotSafetensors(f"bytes {end:,} to {entry.start:,}, before {ascii(name)}, belong to no tensor")
         end, before = entry.stop, name
     if end != data_bytes:
-        raise _not_whole(f"the last {data_bytes - end:,} bytes belong to no tensor", where)
+        raise NotSafetensors(f"the last {data_bytes - end:,} bytes belong to no tensor")
 
 
 def _counts(value: Any) -> bool:
@@ -132,7 +134,3 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _Twins(name)
         table[name] = value
     return table
-
-
-def _not_whole(problem: str, where: str) -> ModelError:
-    return ModelError(f"not a whole safetensors file: {problem}", where=where, hint="fetch or save it again")
