@@ -49,4 +49,8 @@ class WeightsAndBiases:
             self._run.log({_STEP: record.step} | values)
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        # An offline run's `finish` only asks wandb's own process to close the file, whose last 32 kB are in that process still.
+        wandb.teardown()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from outgrow.contracts import JsonDict, StepRecord
@@ -17,6 +18,7 @@ from outgrow.errors import PlanError, RunError, UserError
 from outgrow.monitoring.events import EventLog, read_events
 from outgrow.monitoring.trackers import Tracking, choice, open_trackers, rebuild, tracking
 from outgrow.monitoring.trackers.points import flat, furthest_kept, last_trained, points_of
+from outgrow.monitoring.trackers.wandb import WeightsAndBiases
 from outgrow.recipes.schema import Recipe
 from outgrow.storage import Storage
 
@@ -174,6 +176,15 @@ def test_wandb_stays_offline_under_one_id_and_rebuilt_has_each_step_once(tmp_pat
     rebuild("wandb", RECIPE, storage, RUN, tmp_path / "node")
     rebuilt = wandb_rows(tmp_path / RUN / "wandb")
     assert [wandb_losses(rows) for rows in rebuilt] == [LOSSES]
+
+
+def test_wandb_s_file_is_whole_once_it_is_closed(tmp_path: Path) -> None:
+    """The last 32 kB lie in wandb's own process until that has closed the file, which it does in its own time."""
+    tracker = WeightsAndBiases(tmp_path / "wandb", "tiny-1234", RECIPE)
+    tracker.record(first_start()[1])
+    tracker.close()
+    assert [wandb_losses(rows) for rows in wandb_rows(tmp_path / "wandb")] == [[(1, 1.0)]]
+    assert not [child.name() for child in psutil.Process().children(recursive=True) if child.name() == "wandb-core"]
 
 
 # --- which records count ----------------------------------------------------------------------------------------------
