@@ -101,9 +101,12 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     """The numbers that 4 bits make of ``weight``, by bitsandbytes' own functions."""
     import bitsandbytes as bnb
 
-    packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    # As one row: of rows that are no whole number of blocks, a CPU with AVX-512 makes numbers by the scales of others.
+    packed, state = bnb.functional.quantize_4bit(
+        weight.reshape(1, -1), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     numbers: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
-    return numbers
+    return numbers.view_as(weight)
 
 
 def close(found: Outcome, losses: Sequence[float], norms: Sequence[float], tolerance: float) -> None:

@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, TypeVar, cast
 
@@ -168,8 +169,8 @@ class Storage:
             path = Path(self.path(key))
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = _write_aside(path, data)
-            os.replace(aside, path)
-            sync_folder(path.parent)
+            with _names_kept(path.parent):
+                os.replace(aside, path)
         else:
             self._ask("write", key, lambda: self._bounded("pipe_file", self.path(key), data, num_bytes=len(data)))
 
@@ -367,6 +368,17 @@ def nearest_folder(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+@contextmanager
+def _names_kept(folder: Path) -> Iterator[None]:
+    """Make durable what happens to names in ``folder``, which who waits for a file may move as soon as that is there."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        yield
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sync_file(path: Path) -> None:

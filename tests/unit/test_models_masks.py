@@ -55,7 +55,8 @@ def test_packed_documents_equal_documents_one_by_one(family: str) -> None:
     assert packed.isfinite().all()
     for row, part in documents():
         alone = model(input_ids=ids[row : row + 1, part], use_cache=False).logits[0]
-        torch.testing.assert_close(packed[row, part], alone, rtol=0, atol=1e-9)
+        # Its attention in plain operations takes the softmax in float32, whose sums depend on the length of a row.
+        torch.testing.assert_close(packed[row, part], alone, rtol=0, atol=1e-5 if family == "gemma2" else 1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,11 +50,28 @@ def layer_of(weight: torch.Tensor, bias: bool = True) -> nf4.Nf4Linear:
 def test_a_matrix_is_packed_as_bitsandbytes_packs_it(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
     layer = layer_of(weight)
-    theirs, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", quant_storage=dtype)
+    # As one row, which its kernel for AVX-512 makes right numbers of at any width.
+    row = weight.reshape(1, -1)
+    theirs, state = bnb.functional.quantize_4bit(row, compress_statistics=True, quant_type="nf4", quant_storage=dtype)
     assert torch.equal(layer.weight.view(torch.uint8), theirs.view(torch.uint8))
     assert layer.weight.shape == nf4.packed_shape(shape, dtype)
     assert (len(layer.quant_state.absmax), len(layer.quant_state.state2.absmax)) == nf4.scale_counts(shape)
-    torch.testing.assert_close(layer.dequantize(), bnb.functional.dequantize_4bit(theirs, state), rtol=0, atol=2e-6)
+    numbers = bnb.functional.dequantize_4bit(theirs, state).view(shape)
+    torch.testing.assert_close(layer.dequantize(), numbers, rtol=0, atol=2e-6)
+
+
+def test_numbers_are_those_of_the_code_and_the_scale_of_their_block() -> None:
+    """By hand: a CPU with AVX-512 has given rows of 32 the scales of others."""
+    weight = torch.randn(48, 32)
+    packed, scales = nf4.quantise(weight, torch.float32)
+    pairs = packed.view(torch.uint8).view(-1).long()
+    codes = bnb.functional.get_4bit_type("nf4", device="cpu")[torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)]
+    state = nf4.quantise_scales(scales)
+    by_block = nf4.nested_code()[state.codes.long()] * state.nested + state.offset
+    expected = (codes * by_block.repeat_interleave(nf4.BLOCK)).view(48, 32)
+    layer = layer_of(weight, bias=False)
+    torch.testing.assert_close(layer.dequantize(), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(layer(torch.eye(32)), expected.t(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,21 @@ def test_a_write_that_fails_keeps_the_old_content_and_leaves_nothing_behind(tmp_
         storage.write("state", bytes(10_000))
     assert storage.read("state") == b"old"
     assert storage.names("") == ["state"]
+
+
+def test_a_folder_may_be_moved_as_soon_as_a_file_that_is_waited_for_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rank 0 moves a checkpoint's folder that is aside once the last part has its name."""
+    replace = os.replace
+
+    def replace_and_move(source: Path, target: Path) -> None:
+        replace(source, target)
+        os.rename(target.parent, tmp_path / "committed")
+
+    monkeypatch.setattr(os, "replace", replace_and_move)
+    Storage(str(tmp_path)).write("aside/part", b"of the last rank")
+    assert (tmp_path / "committed/part").read_bytes() == b"of the last rank"
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:

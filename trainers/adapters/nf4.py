@@ -5,6 +5,9 @@ shards, gathers and places it like any other: FSDP2 cuts it by rows and gathers 
 every 64 weights, in 8 bits, and a scale every 256 of those) is no parameter: it lies with the module on every rank, 1/64 byte a
 weight. bitsandbytes' own layer keeps it on the parameter, which FSDP2 replaces, and repacks weights on a CPU without
 being told; hence a ``forward`` of ours.
+
+On a CPU with AVX-512, bitsandbytes 0.50 gives numbers the scales of others wherever a row is no whole number of blocks. There a
+matrix is one row to it.
 """
 
 from __future__ import annotations
@@ -64,18 +67,48 @@ class Nf4Linear(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.quant_state is not None, "attach_quant_states comes before the first batch"
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        y: torch.Tensor = matmul_4bit(x.to(self.compute_dtype), self.weight, quant_state=self.quant_state, bias=bias)
+        multiply: Any = _OnCpu.apply if x.device.type == "cpu" else _by_bitsandbytes
+        y: torch.Tensor = multiply(x.to(self.compute_dtype), self.weight, bias, self.quant_state, self.in_features)
         return y.to(x.dtype)
 
     def dequantize(self) -> torch.Tensor:
         """The weight as numbers [out_features, in_features] in the compute dtype; whole, where FSDP2 has gathered the layer."""
-        weight: torch.Tensor = dequantize_4bit(self.weight.detach(), self.quant_state)
-        return weight
+        return _numbers(self.weight.detach(), self.quant_state, self.in_features)
 
     @property
     def W_q(self) -> torch.Tensor:
         """The packed weight. peft asks a layer that has this name for ``dequantize()``, to know the lengths of DoRA."""
         return self.weight
+
+
+class _OnCpu(torch.autograd.Function):
+    """``x W^T + bias``, of which the packed weight alone is kept: its numbers are made again for the gradient of ``x``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState, width: int
+    ) -> torch.Tensor:
+        # Not as saved tensors: FSDP2 frees the packed weight after the forward pass and fills the same storage again.
+        ctx.weight = (packed, state, width)
+        return nn.functional.linear(x, _numbers(packed, state, width), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_x = gradient @ _numbers(*ctx.weight) if ctx.needs_input_grad[0] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias, None, None
+
+
+def _by_bitsandbytes(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState, _width: int
+) -> torch.Tensor:
+    y: torch.Tensor = matmul_4bit(x, packed, quant_state=state, bias=bias)
+    return y
+
+
+def _numbers(packed: torch.Tensor, state: QuantState | None, width: int) -> torch.Tensor:
+    weight: torch.Tensor = dequantize_4bit(packed, state)
+    return weight.view(-1, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +210,7 @@ def quant_state(scales: Scales, shape: tuple[int, int], compute_dtype: torch.dty
     )
     return QuantState(  # type: ignore[no-untyped-call]
         absmax=scales.codes.to(device),
-        shape=torch.Size(shape),
+        shape=torch.Size((1, math.prod(shape)) if device.type == "cpu" else shape),
         code=get_4bit_type("nf4", device=device),  # type: ignore[no-untyped-call]
         blocksize=BLOCK,
         quant_type="nf4",
