@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": ALLOCATOR,
     "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR,  # its name before torch 2.9
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as in a run: deterministic kernels ask for it
+    "CUDA_VISIBLE_DEVICES": "0",  # of several cards the Trainer would take all
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import queue
@@ -91,6 +92,8 @@ def run_local(job: JobSpec, train_worker: TrainWorker | str, *, on_record: OnRec
             if str(error) == before:
                 raise  # what it has dealt with is still there
             restarts, before = restarts + 1, str(error)
+        # A rank alone starts again in this process: its model, which refers to itself, must be gone before there is another.
+        gc.collect()
 
 
 def _run_group(job: JobSpec, train_worker: TrainWorker | str, on_record: OnRecord, cause: RestartCause) -> WorkerResult:

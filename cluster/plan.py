@@ -17,6 +17,7 @@ from outgrow.cluster.ray_environment import worker_environment
 from outgrow.cluster.sizes import size as size
 from outgrow.contracts import DataReading, DatasetCard, Forecast, Inventory, JsonDict, Layout, ModelFacts, Plan, Refusal
 from outgrow.errors import PlanError
+from outgrow.processes import GPU_ENVIRONMENT
 from outgrow.recipes import combinations
 from outgrow.recipes import layout as layouts
 from outgrow.recipes.deepspeed import deepspeed_config, extensions_folder, folders, offloads_to_nvme
@@ -119,7 +120,7 @@ def make_plan(
         run_bytes=run_bytes,
         storage=site.storage,
         storage_free_bytes=free_bytes,
-        environment={**environment, **worker_environment(ranks.threads), **_engine_environment(site, layout)},
+        environment={**environment, **worker_environment(ranks.threads), **_engine_environment(site, ranks.device, layout)},
         refusals=tuple(refusals),
         notes=(
             *_notes(recipe, card, facts, ranks, cluster),
@@ -270,10 +271,11 @@ def _state_notes(recipe: Recipe, facts: ModelFacts) -> Iterator[str]:
     )
 
 
-def _engine_environment(site: Site, layout: Layout | None) -> dict[str, str]:
-    if layout is None or layout.engine != "zero":
-        return {}
-    return {"TORCH_EXTENSIONS_DIR": str(extensions_folder(Path(site.cache).expanduser()))}
+def _engine_environment(site: Site, device: str, layout: Layout | None) -> dict[str, str]:
+    variables = dict(GPU_ENVIRONMENT) if device == "cuda" else {}
+    if layout is not None and layout.engine == "zero":
+        variables["TORCH_EXTENSIONS_DIR"] = str(extensions_folder(Path(site.cache).expanduser()))
+    return variables
 
 
 def _engine_settings(recipe: Recipe, facts: ModelFacts, site: Site, layout: Layout | None) -> JsonDict:

@@ -43,13 +43,17 @@ class _GroupBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def use_interface_of_node() -> None:
-    """Point gloo at the interface with this node's address; by itself it takes what the host name resolves to."""
+    """Point gloo and NCCL at the interface with this node's address.
+
+    By themselves gloo takes what the host name resolves to, NCCL the first that is up. What the user said of NCCL stays.
+    """
     import psutil
 
     address = get_node_ip_address()  # type: ignore[no-untyped-call]
     for interface, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # that very name, not all that begin so
 
 
 class FinalErrors(UserCallback):

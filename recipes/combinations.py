@@ -76,12 +76,6 @@ RULES: tuple[Rule, ...] = (
         lambda recipe, device: bool(_zero(recipe)) and recipe.precision == "fp64",
     ),
     Rule(
-        "adapter.base nf4 with parallel.stage 3",
-        "DeepSpeed would cut packed 4-bit weights into float pieces",
-        "parallel=fsdp2",
-        lambda recipe, device: _nf4(recipe) and (zero := _zero(recipe)) is not None and zero.stage == 3,
-    ),
-    Rule(
         "adapter.base nf4 with precision fp64",
         "bitsandbytes computes in float32 at most",
         "precision=bf16 or precision=fp32",

@@ -13,6 +13,7 @@ import torch
 from outgrow.contracts import CheckpointRef, JobSpec, JsonDict, Layout
 from outgrow.errors import IntegrityError
 from outgrow.monitoring.recording.recorder import Recorder
+from outgrow.processes import GPU_ENVIRONMENT
 from outgrow.recipes import deepspeed
 from outgrow.recipes.placed import weights_folder
 from outgrow.recipes.schema import Recipe
@@ -104,8 +105,8 @@ def prepare_process(job: JobSpec, recipe: Recipe, local_rank: int) -> torch.devi
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if job.device != "cuda":
         return torch.device(job.device)
-    # Read by cuBLAS at its first use: without a workspace of fixed size its results differ from run to run.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, value in GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -205,7 +205,8 @@ def _nll_and_gradient(
     nll = ((sums.log() - of_target).squeeze(1) * weights).sum()
     if gradient:
         scores.mul_(weights[:, None] / sums)
-        scores.scatter_add_(1, at, -weights[:, None])
+        # Not scatter_add_, which asked for a fixed order of sums waits for a GPU.
+        scores.index_put_((torch.arange(len(at), device=at.device), at[:, 0]), -weights, accumulate=True)
         if slope is not None:
             scores.mul_(slope)
     return nll, scores

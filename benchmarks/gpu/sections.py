@@ -175,6 +175,7 @@ def syncs(device: torch.device, dry: bool) -> Iterator[str]:
     cases: dict[str, dict[str, Any]] = {
         "full": {},
         "chunked loss, AdamW in 8 bits": {"cross_entropy": CHUNKED, "optimizer": EIGHT_BIT},
+        "deterministic, chunked loss": {"deterministic": True, "cross_entropy": CHUNKED},
         "LoRA": {"adapter": {"kind": "lora"}},
         "QLoRA": {"adapter": {"kind": "lora", "base": "nf4"}},
         "FSDP2 on one rank": {"parallel": {"kind": "fsdp2"}},

@@ -10,6 +10,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+GPU_ENVIRONMENT = {
+    # Read by cuBLAS at its first use: without a workspace of fixed size its results differ from run to run.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Read by torch at its first allocation: memory that is cached grows in place, so that little of it is lost between pieces.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""What a process that computes on a GPU has in its environment, unless that says otherwise; ``outgrow plan`` lists it."""
+
 
 def start_python(code: str, *, pass_fds: tuple[int, ...], **how: Any) -> subprocess.Popen[bytes]:
     """A process that runs ``code`` with a single thread for arithmetic; ``how`` goes to ``Popen``."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -95,6 +97,24 @@ def gives_up_shards(job: JobSpec, context: Context) -> WorkerResult:
     return result(0)
 
 
+class Cycle:
+    """What refers to itself, as an engine does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+LEFT: list[weakref.ref[Cycle]] = []
+
+
+def leaves_a_model(job: JobSpec, context: Context) -> WorkerResult:
+    engine = Cycle()
+    LEFT.append(weakref.ref(engine))
+    if len(LEFT) == 1:
+        raise RestartError("shard 0 is given up")
+    return result(sum(left() is not None for left in LEFT))
+
+
 def asks_in_vain(job: JobSpec, context: Context) -> WorkerResult:
     raise RestartError("shard 0 is given up")
 
@@ -179,6 +199,16 @@ def test_ranks_are_started_again_where_one_asks_for_it(tmp_path: Path, workers: 
     seen: list[StepRecord] = []
     done = run_local(job(workers, folder=str(tmp_path), bad=bad), gives_up_shards, on_record=seen.append)
     assert (done.restarts, [r.step for r in seen]) == (bad, [bad])
+
+
+def test_what_a_start_held_is_gone_before_the_next() -> None:
+    """Two models would not fit on the card."""
+    gc.disable()
+    try:
+        done = run_local(job(1), leaves_a_model, on_record=print)
+    finally:
+        gc.enable()
+    assert (done.restarts, done.worker.train_loss) == (1, 1.0)
 
 
 def test_a_rank_that_asks_twice_for_the_same_is_not_started_again() -> None:

@@ -6,9 +6,11 @@ The kernels of GPUs do not run here: slow ones that take the same arguments stan
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +75,7 @@ def test_ends_are_the_slow_twin(segments: torch.Tensor) -> None:
             if size == 1:
                 begins.append(len(row) * segments.tolist().index(row) + at)
     ends, bound = document_ends(segments)
-    assert ends.dtype == torch.int32 and len(ends) % 64 == 1
+    assert ends.dtype == torch.int32 and len(ends) - 1 == max(8, 1 << (len(begins) - 1).bit_length())
     assert ends[: len(begins)].tolist() == begins
     assert set(ends[len(begins) :].tolist()) == {segments.numel()}
     assert longest <= bound <= segments.shape[1]
@@ -83,7 +85,7 @@ def test_few_lengths_come_up() -> None:
     """So that compiled blocks and kernels are not made anew for every batch."""
     found = {document_ends(rows([size, 512 - size], length=512))[1] for size in range(1, 512)}
     assert found == {256, 512}
-    assert len({len(document_ends(rows([1] * count, length=1000))[0]) for count in range(1, 130)}) == 3
+    assert len({len(document_ends(rows([1] * count, length=1000))[0]) for count in range(1, 130)}) == 6
 
 
 @pytest.mark.parametrize(
@@ -312,11 +314,53 @@ def test_auto_is_the_fastest_that_there_is(hopper: torch.device, monkeypatch: py
     assert implementation("auto", unknown, "bf16", hopper) == "sdpa"
     assert implementation("auto", config_of("llama", head_dim=512), "bf16", hopper) == SDPA
     monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "_flash_fails", lambda device: "")
     assert implementation("auto", llama, "bf16", hopper) == FLASH
     assert implementation("auto", gemma, "bf16", hopper) == FLASH
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     monkeypatch.setattr(attention, "_varlen_kernel", lambda: None)
     assert implementation("auto", llama, "bf16", hopper) == SDPA
+
+
+def test_flash_attention_that_is_built_for_other_cards_is_passed_over(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*tensors: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with ...")
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=fails))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX PRO 6000")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    said = attention._flash_fails.__wrapped__
+    assert said(CPU).endswith(
+        "this torch and RTX PRO 6000: CUDA error: no kernel image is available for execution on the device"
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "import of flash_attn halted" in said(CPU)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=lambda *tensors: tensors[0]))
+    assert said(CPU) == ""
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention, "_flash_fails", lambda device: "not for it")
+    assert implementation("auto", config_of("llama"), "bf16", hopper) == VARLEN
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "masked", "expected"),
+    [
+        (torch.bfloat16, 128, False, True),
+        (torch.bfloat16, 128, True, False),
+        (torch.float32, 128, False, False),
+        (torch.bfloat16, 512, False, False),
+    ],
+)
+def test_keys_are_repeated_where_no_kernel_of_a_gpu_takes_fewer(
+    dtype: torch.dtype, width: int, masked: bool, expected: bool
+) -> None:
+    """Else PyTorch falls back to products that hold all L x L scores, which no forecast counts."""
+    query: Any = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 4, 8, width))
+    mask = torch.zeros(1) if masked else None
+    assert attention.takes_fewer_key_heads(query, mask) == expected
+    assert attention.takes_fewer_key_heads(torch.zeros(1, 4, 8, 16), mask)
 
 
 def test_what_cannot_be_had_is_refused_with_what_can(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def test_a_plan_adds_up() -> None:
     assert made.checkpoint_bytes == 5_000_000 * 12 + 2**20
     assert made.run_bytes == (2 + 1 + 1) * made.checkpoint_bytes
     assert made.environment == {"RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "4"}
+    assert plan(inventory=machine(8, gpus=1)).environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert Plan.from_dict(made.to_dict()) == made
     refuse(made)
 

@@ -67,8 +67,11 @@ class Nf4Linear(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.quant_state is not None, "attach_quant_states comes before the first batch"
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        multiply: Any = _OnCpu.apply if x.device.type == "cpu" else _by_bitsandbytes
-        y: torch.Tensor = multiply(x.to(self.compute_dtype), self.weight, bias, self.quant_state, self.in_features)
+        y: torch.Tensor
+        if torch.is_grad_enabled() or x.device.type == "cpu":
+            y = _Product.apply(x.to(self.compute_dtype), self.weight, bias, self.quant_state, self.in_features)  # type: ignore[no-untyped-call]
+        else:  # for the few rows of a generated token it has kernels that unpack on the way
+            y = matmul_4bit(x.to(self.compute_dtype), self.weight, quant_state=self.quant_state, bias=bias)
         return y.to(x.dtype)
 
     def dequantize(self) -> torch.Tensor:
@@ -81,14 +84,15 @@ class Nf4Linear(Linear4bit):
         return self.weight
 
 
-class _OnCpu(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """``x W^T + bias``, of which the packed weight alone is kept: its numbers are made again for the gradient of ``x``."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState, width: int
     ) -> torch.Tensor:
-        # Not as saved tensors: FSDP2 frees the packed weight after the forward pass and fills the same storage again.
+        # The parameter itself, not as a saved tensor: after the forward pass FSDP2 empties its storage and fills that again,
+        # DeepSpeed takes the storage away and gives the parameter another.
         ctx.weight = (packed, state, width)
         return nn.functional.linear(x, _numbers(packed, state, width), bias)
 
@@ -97,13 +101,6 @@ class _OnCpu(torch.autograd.Function):
         of_x = gradient @ _numbers(*ctx.weight) if ctx.needs_input_grad[0] else None
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, None, of_bias, None, None
-
-
-def _by_bitsandbytes(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState, _width: int
-) -> torch.Tensor:
-    y: torch.Tensor = matmul_4bit(x, packed, quant_state=state, bias=bias)
-    return y
 
 
 def _numbers(packed: torch.Tensor, state: QuantState | None, width: int) -> torch.Tensor:

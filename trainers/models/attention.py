@@ -94,8 +94,23 @@ def obstacle(kind: Attention, config: PretrainedConfig, precision: Precision, de
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than its kernels, which are for Ampere and later"
     if kind == "flash_attention_2":
-        return "" if find_spec("flash_attn") else "flash-attn is not installed; pip install flash-attn"
+        return _flash_fails(device) if find_spec("flash_attn") else "flash-attn is not installed; pip install flash-attn"
     return _varlen_obstacle(config)
+
+
+@cache
+def _flash_fails(device: torch.device) -> str:
+    """Why flash-attn, which is installed, cannot compute on ``device``: it is built for one torch, and for cards by name."""
+    try:
+        from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+        token = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+        flash_attn_func(token, token, token)
+        torch.cuda.synchronize(device)
+    except (ImportError, OSError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        return f"flash-attn is installed, but not built for this torch and {torch.cuda.get_device_name(device)}: {said}"
+    return ""
 
 
 def _flex_obstacle(precision: Precision, device: torch.device) -> str:
@@ -145,14 +160,24 @@ def _sdpa(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     groups = query.shape[1] // key.shape[1]
-    # On a GPU no fused kernel takes a mask and fewer heads of keys; on a CPU it does, and to repeat them would cost a copy.
-    together = groups > 1 and (attention_mask is None or not query.is_cuda)
+    together = groups > 1 and takes_fewer_key_heads(query, attention_mask)
     if groups > 1 and not together:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None, scale=scaling, enable_gqa=together
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def takes_fewer_key_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether SDPA has a kernel that keeps no scores for fewer heads of keys than of queries; to repeat them costs a copy.
+
+    On a GPU flash attention alone does (aten's cuda/sdp_utils.cpp): 16 bits, heads up to 256 wide, no mask. What it refuses
+    goes to the kernel that repeated keys are for, not to plain products with L x L scores.
+    """
+    if not query.is_cuda:
+        return True
+    return mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= _LARGEST_HEAD
 
 
 def _flex(
@@ -270,7 +295,7 @@ def _varlen() -> _Kernel:
 
 
 def _flash() -> _Kernel:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_varlen_func
 
     def kernel(
         query: torch.Tensor,

@@ -17,8 +17,9 @@ from outgrow.trainers.models.custom import is_custom
 from outgrow.trainers.models.families import ALL_LAYERS, attention_implementation, layer_windows
 from outgrow.trainers.models.on_device import moved
 
-_ENDS_AT_A_TIME = 64
-"""The list of documents' ends is as long as a multiple of this, so that few lengths come up."""
+_FEWEST_ENDS = 8
+"""The number of documents is rounded up to a power of two from here on, so that few come up. Flash attention's backward pass
+holds 128 rows for each, even of no length."""
 _SHORTEST = 128
 """The length of the longest document is rounded up to a power of two from here on, so that few values come up."""
 
@@ -78,7 +79,7 @@ def document_ends(segments: torch.Tensor) -> tuple[torch.Tensor, int]:
     starts = torch.ones(rows, length, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     begins = starts.flatten().nonzero().squeeze(1)
-    documents = -(-len(begins) // _ENDS_AT_A_TIME) * _ENDS_AT_A_TIME
+    documents = max(_FEWEST_ENDS, 1 << (len(begins) - 1).bit_length())
     ends = torch.full((documents + 1,), rows * length, dtype=torch.int32)
     ends[: len(begins)] = begins
     longest = int(ends.diff().max())
