@@ -66,11 +66,9 @@ def _sections() -> Iterator[str]:
     yield from ("", "## Methods and engines", "", "Each method with a folder's weights in bf16 on a GPU.", "")
     yield f"| method | `adapter` | {' | '.join(ENGINES)} |"
     yield "|---" * (2 + len(ENGINES)) + "|"
-    whys = list[str]()
     for method, adapter in METHODS.items():
-        cells = [_cell(adapter, parallel, whys) for parallel in ENGINES.values()]
+        cells = [_cell(adapter, parallel) for parallel in ENGINES.values()]
         yield f"| {method} | `{_short(adapter)}` | {' | '.join(cells)} |"
-    yield from ("", *(f"{number}. {why}" for number, why in enumerate(whys, start=1)))
     yield from ("", "## What does not go together", "")
     yield "`outgrow plan` refuses each of these by name, and so does the worker, before it reads a weight."
     yield from ("", "| asked | why not | what works |", "|---|---|---|")
@@ -79,15 +77,10 @@ def _sections() -> Iterator[str]:
     yield from ("", "## How far they agree", "", _TOLERANCES)
 
 
-def _cell(adapter: dict[str, Any], parallel: dict[str, Any], whys: list[str]) -> str:
-    """``yes``, or ``no`` with the numbers of the reasons, which are added to ``whys`` where they are new."""
-    numbers = []
-    for refusal in refusals(_recipe(adapter, parallel), "cuda"):
-        why = f"{refusal.asked}: {refusal.available}. Instead: {refusal.nearest}."
-        if why not in whys:
-            whys.append(why)
-        numbers.append(str(whys.index(why) + 1))
-    return f"no ({', '.join(numbers)})" if numbers else "yes"
+def _cell(adapter: dict[str, Any], parallel: dict[str, Any]) -> str:
+    """``yes``, or ``no`` with the names of the rules that refuse it."""
+    names = [refusal.asked for refusal in refusals(_recipe(adapter, parallel), "cuda")]
+    return f"no: {', '.join(names)}" if names else "yes"
 
 
 def _recipe(adapter: dict[str, Any], parallel: dict[str, Any]) -> Recipe:

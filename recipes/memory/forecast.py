@@ -239,6 +239,6 @@ def _traffic(run: _Run) -> tuple[float, float]:
     if zero.offload_optimizer == "nvme":
         read = written = (states(run.recipe, counts) + run.exact * counts.trained) * run.share
     if zero.offload_parameters == "nvme":
-        read += run.compute * (counts.trained + counts.frozen) * run.share * 2 * run.layout.accumulation
+        read += _whole(run, counts) * run.share * 2 * run.layout.accumulation
         written += run.compute * counts.trained * run.share
     return read, written

@@ -113,8 +113,9 @@ def _held_by_zero(recipe: Recipe, facts: ModelFacts, counts: Counts, layout: Lay
     pins, pins_parameters = (device == "cuda" and bool(there.get("pin_memory")) for there in (states_there, parameters_there))
     kept = states(recipe, counts) / layout.world
     summed = exact * counts.trained / layout.world
-    weights = compute * (counts.trained + counts.frozen) / (layout.world if zero.stage == 3 else 1)
-    packed = (PACKED_BYTES + SCALE_BYTES) * counts.packed
+    weights = compute * (counts.trained + counts.frozen) + PACKED_BYTES * counts.packed
+    weights /= layout.world if zero.stage == 3 else 1
+    scales = SCALE_BYTES * counts.packed
     optimizer, gradients = kept, exact * counts.trained if zero.stage == 1 else summed
     own = _shards(recipe, facts, layout.world)
     groups = _sub_groups(own, section.get("sub_group_size", _SUB_GROUP) if zero.stage == 3 else inf)
@@ -133,7 +134,8 @@ def _held_by_zero(recipe: Recipe, facts: ModelFacts, counts: Counts, layout: Lay
     if zero.offload_optimizer != "none":
         optimizer, gradients = 0, 0
     if zero.offload_parameters == "cpu":
-        each = _lying((compute * number for number in (*own.matrices, *own.vectors, *own.frozen)), pins=pins_parameters)
+        plain = [compute * number for number in (*own.matrices, *own.vectors, *own.frozen)]
+        each = _lying([*plain, *(PACKED_BYTES * number for number in own.packed)], pins=pins_parameters)
         host["weights"] = each + (_pinned(compute * sum(groups)) if pins_parameters else 0)
         weights = 0
     elif zero.offload_parameters == "nvme":
@@ -141,7 +143,7 @@ def _held_by_zero(recipe: Recipe, facts: ModelFacts, counts: Counts, layout: Lay
         host["weights"] = _lying([stay], pins=pins_parameters)
         host["buffers"] += compute * parameters_there["buffer_count"] * parameters_there["buffer_size"]
         disk, weights = disk + weights, 0
-    return Held(weights + packed, optimizer, gradients, host, disk)
+    return Held(weights + scales, optimizer, gradients, host, disk)
 
 
 def _sub_groups(own: _Shards, most: float) -> list[int]:

@@ -31,7 +31,6 @@ CUSTOM = "model={kind: custom, factory: 'models.gpt:gpt'}"
 FROM_NOTHING = "model={kind: architecture, family: llama}"
 BROKEN: dict[str, list[tuple[str, ...]]] = {
     "precision fp64 with parallel.kind zero": [("precision=fp64", ZERO), ("precision=fp64", NVME)],
-    "adapter.base nf4 with parallel.stage 3": [(QLORA, ZERO), (QLORA, NVME)],
     "adapter.base nf4 with precision fp64": [(QLORA, "precision=fp64")],
     "adapter.base nf4 without weights to quantise": [(QLORA, FROM_NOTHING)],
     "optimizer muon with parallel.kind zero": [("optimizer.kind=muon", ZERO), ("optimizer.kind=muon", NVME)],
@@ -77,5 +76,5 @@ def test_each_change_that_is_named_is_an_override_that_works(tmp_path: Path, rul
 
 def test_of_several_rules_a_change_for_each_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as refused:
-        require(recipe(tmp_path, QLORA, ZERO, "compile=blocks"), "cuda")
-    assert refused.value.hint == "parallel=fsdp2; and compile=none or parallel=fsdp2"
+        require(recipe(tmp_path, "precision=fp64", ZERO, "compile=blocks"), "cuda")
+    assert refused.value.hint == "precision=fp32 or parallel=fsdp2; and compile=none or parallel=fsdp2"

@@ -283,6 +283,22 @@ def test_with_offload_of_fsdp2_4_bit_weights_lie_in_memory_too() -> None:
     assert found.host["weights"] > packed / 2
 
 
+def test_stage_3_shares_4_bit_weights_among_ranks_and_puts_them_where_parameters_go() -> None:
+    def held(stage: int, **offload: str) -> Forecast:
+        return foreseen("8B of Llama 3", recipe(rows=8, adapter=QLORA, parallel=zero(stage, **offload)), 8)
+
+    asked = recipe(adapter=QLORA)
+    counts = count(asked, llama_facts(SHAPES["llama-3-8b"], asked)).whole
+    kept = held(2).device["weights"] - held(3).device["weights"]
+    assert kept == pytest.approx((counts.packed / 2 + 2 * (counts.frozen + counts.trained)) * 7 / 8)
+    in_memory = held(3, offload_parameters="cpu", offload_optimizer="cpu")
+    assert in_memory.device["weights"] < 0.05 * counts.packed, "their scales alone"
+    assert counts.packed / 2 < in_memory.host["weights"] < counts.packed + 8 * counts.frozen, "pinned, so up to twice"
+    on_disk = held(3, offload_parameters="nvme", offload_optimizer="nvme")
+    assert on_disk.disk["offload"] > counts.packed / 2
+    assert on_disk.step_read_bytes > counts.packed
+
+
 def test_fsdp2_that_keeps_what_it_gathers_holds_all_but_the_head_as_blocks_go_back() -> None:
     facts = llama_facts(SHAPES["llama-3-8b"], recipe())
     head = facts.shapes["lm_head.weight"]
