@@ -30,11 +30,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "gpu"), str(HERE.parent / "src")]
 
-ALLOCATOR = "expandable_segments:True"
+from outgrow.processes import GPU_ENVIRONMENT  # noqa: E402  (once it is on the path)
+
 ENVIRONMENT = {
-    "PYTORCH_ALLOC_CONF": ALLOCATOR,
-    "PYTORCH_CUDA_ALLOC_CONF": ALLOCATOR,  # its name before torch 2.9
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as in a run: deterministic kernels ask for it
+    **GPU_ENVIRONMENT,
+    "PYTORCH_CUDA_ALLOC_CONF": GPU_ENVIRONMENT["PYTORCH_ALLOC_CONF"],  # its name before torch 2.9
     "CUDA_VISIBLE_DEVICES": "0",  # of several cards the Trainer would take all
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",

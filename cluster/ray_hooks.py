@@ -45,7 +45,8 @@ class _GroupBackend(_TorchBackend):  # type: ignore[misc]
 def use_interface_of_node() -> None:
     """Point gloo and NCCL at the interface with this node's address.
 
-    By themselves gloo takes what the host name resolves to, NCCL the first that is up. What the user said of NCCL stays.
+    By itself gloo takes what the host name resolves to, and NCCL every interface but loopback's and docker's, those too that do
+    not reach the other nodes. Where it is to use several over TCP, ``NCCL_SOCKET_IFNAME`` in the environment says so and stays.
     """
     import psutil
 

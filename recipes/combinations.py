@@ -17,7 +17,7 @@ from outgrow.recipes.schema.adapter import Lora
 from outgrow.recipes.schema.model import CustomModel, FolderModel
 from outgrow.recipes.schema.optimizer import AdamW8bit, Muon
 from outgrow.recipes.schema.parallel import Fsdp2, Zero
-from outgrow.recipes.schema.speed import ChunkedLogits, LigerLoss, RecomputeCheap
+from outgrow.recipes.schema.speed import ChunkedLogits, LigerLoss, RecomputeBlocks, RecomputeCheap
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "full": {"kind": "none"},
@@ -175,6 +175,18 @@ RULES: tuple[Rule, ...] = (
             (zero := _zero(recipe)) is not None
             and zero.stage == 3
             and isinstance(recipe.activation_checkpointing, RecomputeCheap)
+        ),
+    ),
+    Rule(
+        "adapter.dora and activation_checkpointing with parallel.stage 3",
+        "DoRA looks at matrices of other layers, which DeepSpeed gathers in the forward pass but not where that is done again",
+        "activation_checkpointing=none or parallel=fsdp2",
+        lambda recipe, device: (
+            (zero := _zero(recipe)) is not None
+            and zero.stage == 3
+            and isinstance(recipe.adapter, Lora)
+            and recipe.adapter.dora
+            and isinstance(recipe.activation_checkpointing, RecomputeBlocks)
         ),
     ),
     Rule(

@@ -127,4 +127,6 @@ def _zero_section(parallel: Zero, nvme_folder: str, largest_shard: int) -> JsonD
             # DeepSpeed would keep the first thousand million elements in memory.
             "max_in_cpu": 0,
         }
+        # It would keep as many on the device until they are used again, each in a buffer of its own, and fail where those end.
+        section |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     return section

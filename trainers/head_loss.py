@@ -205,7 +205,7 @@ def _nll_and_gradient(
     nll = ((sums.log() - of_target).squeeze(1) * weights).sum()
     if gradient:
         scores.mul_(weights[:, None] / sums)
-        # Not scatter_add_, which asked for a fixed order of sums waits for a GPU.
+        # Not scatter_add_, which waits for the GPU where sums are to have a fixed order.
         scores.index_put_((torch.arange(len(at), device=at.device), at[:, 0]), -weights, accumulate=True)
         if slope is not None:
             scores.mul_(slope)

@@ -51,6 +51,9 @@ class WeightsAndBiases:
     def close(self) -> None:
         import wandb
 
-        self._run.finish()
-        # An offline run's `finish` only asks wandb's own process to close the file, whose last 32 kB are in that process still.
-        wandb.teardown()
+        try:
+            self._run.finish()
+        finally:
+            # An offline run's `finish` only asks wandb's own process to close the file, whose last 32 kB are in that process
+            # still. This waits for it, and for any other run that this process has begun.
+            wandb.teardown()

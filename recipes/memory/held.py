@@ -98,7 +98,8 @@ def _pinned(size: float) -> int:
 
 
 def _held_by_zero(recipe: Recipe, facts: ModelFacts, counts: Counts, layout: Layout, device: str) -> Held:
-    """DeepSpeed's shares: stage 1 shards masters and states, 2 gradients too, 3 the copy that computes too.
+    """DeepSpeed's shares: stage 1 shards masters and states, 2 gradients too, 3 the copy that computes and 4-bit weights too.
+    The scales of those are whole on every rank's device.
 
     With states offloaded to memory the sums of gradients lie there twice, as they came and as the optimizer takes them; with
     states on disk once, and the other there. What lies in memory is pinned: in stage 3 all sums in one block, as the optimizer

@@ -1,4 +1,5 @@
-"""Python processes of outgrow that are started by exec: they import what this process imports, but not its main module."""
+"""Python processes of outgrow: those started by exec, which import what this process imports but not its main module; how a
+rank ends; what a process on a GPU has in its environment."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Storage:
             path = Path(self.path(key))
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = _write_aside(path, data)
-            with _names_kept(path.parent):
+            with _synced_after(path.parent):
                 os.replace(aside, path)
         else:
             self._ask("write", key, lambda: self._bounded("pipe_file", self.path(key), data, num_bytes=len(data)))
@@ -371,8 +371,8 @@ def nearest_folder(path: Path) -> Path:
 
 
 @contextmanager
-def _names_kept(folder: Path) -> Iterator[None]:
-    """Make durable what happens to names in ``folder``, which who waits for a file may move as soon as that is there."""
+def _synced_after(folder: Path) -> Iterator[None]:
+    """Sync ``folder`` after a name in it has changed, by a descriptor from before: it may be moved as soon as that is seen."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         yield

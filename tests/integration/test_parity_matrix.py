@@ -99,6 +99,9 @@ OPTIONS = {
         adapter=QLORA,
         settings=COMPILED | FULL,
     ),
+    "fp32, checkpointed, qlora, zero-3 on 2": Case(
+        engine="zero", shard=2, precision="fp32", adapter=QLORA, settings=ZERO_3 | FULL
+    ),
     "bf16, fsdp2 on 2": Case(engine="fsdp2", shard=2, precision="bf16"),
     "bf16, fsdp2 on 2, reduced once a step": Case(
         engine="fsdp2", shard=2, micro_rows=1, precision="bf16", settings=fsdp2(reduce_gradients="last_micro_batch")

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from doctor import need
-from engine_cases import Case, Outcome, on_ranks, train
+from engine_cases import Case, Outcome, born_weights, on_ranks, train
+from safetensors.torch import save_file
 from tiny_runs import Place, tiny_place
+
+from outgrow.recipes.combinations import METHODS
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 """Measured over 20 steps: fp32 1e-6 in losses of 4.1 to 4.6 and 2e-7 in norms of 1."""
@@ -27,6 +30,7 @@ def zero(stage: int, shard: int, *, micro_rows: int = 8, **more: Any) -> Case:
 
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4099, "head_dim": 64}
+LARGE = {"hidden_size": 1024, "intermediate_size": 5120, "head_dim": 64}
 OFFLOADED = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
 FEW = {
     "stage 1 on 2, rows in parts": zero(1, 2, micro_rows=2),
@@ -82,6 +86,24 @@ def test_offload_to_a_disk_trains_as_plain(tmp_path: Path) -> None:
         assert outcome.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE["fp32"]), name
         assert outcome.norms == pytest.approx(expected.norms, rel=0, abs=TOLERANCE["fp32"]), name
     assert not list(disk.iterdir()), "the ranks have ended, and nothing of theirs is left"
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["full", "LoRA", "QLoRA"])
+def test_more_matrices_than_buffers_train_from_a_disk_as_from_memory(tmp_path: Path, method: str) -> None:
+    """Each of a size that DeepSpeed does swap: at least 1 MiB of it a rank, in 4 bits too; frozen ones and trained ones."""
+    need("g++", "ninja", "libaio.h")
+    adapter = METHODS[method] | {"rank": 4} if method != "full" else {}
+    same: dict[str, Any] = {"adapter": adapter, "sizes": LARGE}
+    if method == "QLoRA":
+        weights = {name: values.contiguous() for name, values in born_weights(Case(sizes=LARGE)).items()}
+        save_file(weights, tmp_path / "model.safetensors")
+        same["base"] = str(tmp_path)
+    disk = {"offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme": str(tmp_path / "tier/offload")}
+    found = on_ranks({"memory": zero(3, 2, **same), "disk": zero(3, 2, **disk, **same)}, tmp_path)
+    assert found["disk"].losses == pytest.approx(found["memory"].losses, rel=0, abs=1e-6)
+    assert found["disk"].norms == pytest.approx(found["memory"].norms, rel=1e-5, abs=0)
 
 
 @pytest.mark.parity

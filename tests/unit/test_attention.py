@@ -75,7 +75,7 @@ def test_ends_are_the_slow_twin(segments: torch.Tensor) -> None:
             if size == 1:
                 begins.append(len(row) * segments.tolist().index(row) + at)
     ends, bound = document_ends(segments)
-    assert ends.dtype == torch.int32 and len(ends) - 1 == max(8, 1 << (len(begins) - 1).bit_length())
+    assert ends.dtype == torch.int32 and (len(ends) - 1) % 8 == 0 and len(begins) < len(ends) <= max(9, 1.25 * len(begins) + 1)
     assert ends[: len(begins)].tolist() == begins
     assert set(ends[len(begins) :].tolist()) == {segments.numel()}
     assert longest <= bound <= segments.shape[1]
@@ -85,7 +85,7 @@ def test_few_lengths_come_up() -> None:
     """So that compiled blocks and kernels are not made anew for every batch."""
     found = {document_ends(rows([size, 512 - size], length=512))[1] for size in range(1, 512)}
     assert found == {256, 512}
-    assert len({len(document_ends(rows([1] * count, length=1000))[0]) for count in range(1, 130)}) == 6
+    assert len({len(document_ends(rows([1] * count, length=1000))[0]) for count in range(1, 1000)}) == 24
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_flash_attention_that_is_built_for_other_cards_is_passed_over(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     said = attention._flash_fails.__wrapped__
     assert said(CPU).endswith(
-        "this torch and RTX PRO 6000: CUDA error: no kernel image is available for execution on the device"
+        "with this torch on RTX PRO 6000: CUDA error: no kernel image is available for execution on the device"
     )
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert "import of flash_attn halted" in said(CPU)
@@ -350,6 +350,8 @@ def test_flash_attention_that_is_built_for_other_cards_is_passed_over(
         (torch.bfloat16, 128, False, True),
         (torch.bfloat16, 128, True, False),
         (torch.float32, 128, False, False),
+        (torch.bfloat16, 256, False, True),
+        (torch.bfloat16, 208, False, False),
         (torch.bfloat16, 512, False, False),
     ],
 )

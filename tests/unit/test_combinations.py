@@ -51,6 +51,9 @@ BROKEN: dict[str, list[tuple[str, ...]]] = {
     "attention with model.kind custom": [("attention=sdpa", CUSTOM)],
     "cross_entropy chunked or liger with model.kind custom": [("cross_entropy=chunked", CUSTOM)],
     "activation_checkpointing selective with parallel.stage 3": [("activation_checkpointing=selective", NVME)],
+    "adapter.dora and activation_checkpointing with parallel.stage 3": [
+        ("adapter={kind: lora, dora: true}", "activation_checkpointing=full", parallel) for parallel in (ZERO, NVME)
+    ],
     "compile blocks with parallel.stage 3": [("compile=blocks", NVME)],
     EXPERTS.asked: [("parallel={kind: zero, stage: 2, offload_optimizer: cpu}",), ("parallel={kind: zero, stage: 1}",)],
 }

@@ -184,7 +184,8 @@ def test_wandb_s_file_is_whole_once_it_is_closed(tmp_path: Path) -> None:
     tracker.record(first_start()[1])
     tracker.close()
     assert [wandb_losses(rows) for rows in wandb_rows(tmp_path / "wandb")] == [[(1, 1.0)]]
-    assert not [child.name() for child in psutil.Process().children(recursive=True) if child.name() == "wandb-core"]
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert not [each.info for each in psutil.process_iter(["name"]) if each.pid in own and each.info["name"] == "wandb-core"]
 
 
 # --- which records count ----------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ every 64 weights, in 8 bits, and a scale every 256 of those) is no parameter: it
 weight. bitsandbytes' own layer keeps it on the parameter, which FSDP2 replaces, and repacks weights on a CPU without
 being told; hence a ``forward`` of ours.
 
-On a CPU with AVX-512, bitsandbytes 0.50 gives numbers the scales of others wherever a row is no whole number of blocks. There a
-matrix is one row to it.
+On a CPU a matrix is one row to bitsandbytes: its kernel for AVX-512 (0.50) gives numbers the scales of others wherever a row is
+no whole number of blocks.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, state: QuantState, width: int
     ) -> torch.Tensor:
         # The parameter itself, not as a saved tensor: after the forward pass FSDP2 empties its storage and fills that again,
-        # DeepSpeed takes the storage away and gives the parameter another.
+        # DeepSpeed takes the storage away and gives the parameter another. Nobody notices a weight that was changed meanwhile.
         ctx.weight = (packed, state, width)
         return nn.functional.linear(x, _numbers(packed, state, width), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_x = gradient @ _numbers(*ctx.weight) if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, None, of_bias, None, None
 
 
@@ -198,7 +198,7 @@ def quantise_scales(scales: torch.Tensor) -> Scales:
 
 
 def quant_state(scales: Scales, shape: tuple[int, int], compute_dtype: torch.dtype, device: torch.device) -> Any:
-    """bitsandbytes' object of the scales, on ``device``.
+    """bitsandbytes' object of the scales of a matrix of ``shape``, on ``device``; on a CPU that of one row.
 
     Its dtype is what computes, whatever the weights were quantised from: forward and backward then see the same numbers.
     """

@@ -58,19 +58,17 @@ def set_attention(model: PreTrainedModel, asked: Attention, precision: Precision
 
 def implementation(asked: Attention, config: PretrainedConfig, precision: Precision, device: torch.device) -> str:
     """transformers' name of the attention; ``ModelError`` as ``set_attention``."""
-    fit = [kind for kind in _FASTEST_FIRST if not obstacle(kind, config, precision, device)]
     if asked == "auto":
         # Without a mask of L x L flex is the faster; it is compiled first, so plain attention has no need of it.
         capped = attention_implementation(config) == "eager"
-        kind: Attention = next(kind for kind in fit if capped or kind != "flex")
-    elif asked in fit:
-        kind = asked
+        order = [kind for kind in _FASTEST_FIRST if capped or kind != "flex"]
+        kind: Attention = next(kind for kind in order if not obstacle(kind, config, precision, device))
+    elif why := obstacle(asked, config, precision, device):
+        fit = [kind for kind in _FASTEST_FIRST if not obstacle(kind, config, precision, device)]
+        hint = f"what can be had here: auto, {', '.join(fit)}"
+        raise ModelError(f"attention is {asked}: {why}", where="attention", hint=hint)
     else:
-        raise ModelError(
-            f"attention is {asked}: {obstacle(asked, config, precision, device)}",
-            where="attention",
-            hint=f"what can be had here: auto, {', '.join(fit)}",
-        )
+        kind = asked
     return _OURS.get(kind, kind) if config.model_type in TESTED else kind
 
 
@@ -109,7 +107,7 @@ def _flash_fails(device: torch.device) -> str:
         torch.cuda.synchronize(device)
     except (ImportError, OSError, RuntimeError) as error:
         said = str(error).partition("\n")[0]
-        return f"flash-attn is installed, but not built for this torch and {torch.cuda.get_device_name(device)}: {said}"
+        return f"flash-attn is installed, but fails with this torch on {torch.cuda.get_device_name(device)}: {said}"
     return ""
 
 
@@ -172,12 +170,15 @@ def _sdpa(
 def takes_fewer_key_heads(query: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether SDPA has a kernel that keeps no scores for fewer heads of keys than of queries; to repeat them costs a copy.
 
-    On a GPU flash attention alone does (aten's cuda/sdp_utils.cpp): 16 bits, heads up to 256 wide, no mask. What it refuses
-    goes to the kernel that repeated keys are for, not to plain products with L x L scores.
+    On a GPU flash attention does (aten's cuda/sdp_utils.cpp): 16 bits, no mask, heads up to 256 wide, but on some cards not of
+    193 to 224; cuDNN's does where sums need no fixed order, which is not the default here. What they refuse goes to the kernel
+    that repeated keys are for, not to plain products with L x L scores.
     """
     if not query.is_cuda:
         return True
-    return mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= _LARGEST_HEAD
+    width = query.shape[-1]
+    fits = width <= _LARGEST_HEAD and not 192 < width <= 224
+    return mask is None and query.dtype in (torch.bfloat16, torch.float16) and fits
 
 
 def _flex(

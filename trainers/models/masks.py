@@ -18,8 +18,8 @@ from outgrow.trainers.models.families import ALL_LAYERS, attention_implementatio
 from outgrow.trainers.models.on_device import moved
 
 _FEWEST_ENDS = 8
-"""The number of documents is rounded up to a power of two from here on, so that few come up. Flash attention's backward pass
-holds 128 rows for each, even of no length."""
+"""The number of documents is rounded up to a multiple of this, and of an eighth of the next power of two, so that few come up.
+Flash attention's backward pass holds 128 rows for each, even of no length."""
 _SHORTEST = 128
 """The length of the longest document is rounded up to a power of two from here on, so that few values come up."""
 
@@ -79,7 +79,8 @@ def document_ends(segments: torch.Tensor) -> tuple[torch.Tensor, int]:
     starts = torch.ones(rows, length, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     begins = starts.flatten().nonzero().squeeze(1)
-    documents = max(_FEWEST_ENDS, 1 << (len(begins) - 1).bit_length())
+    apart = max(_FEWEST_ENDS, (1 << (len(begins) - 1).bit_length()) // 8)
+    documents = -(-len(begins) // apart) * apart
     ends = torch.full((documents + 1,), rows * length, dtype=torch.int32)
     ends[: len(begins)] = begins
     longest = int(ends.diff().max())

@@ -7,7 +7,8 @@ averaged. Its checkpoints are not used: parameters and moments are given and tak
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,11 +52,7 @@ class ZeroEngine:
         self._deepspeed = start_deepspeed(model, recipe, deepspeed_config(layout, recipe, nvme, largest), device)
         self._zero: Any = self._deepspeed.optimizer
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self._frozen = {
-            name: _frozen_part(parameter, shapes[name], self._stage)
-            for parameter, name in names.items()
-            if not parameter.requires_grad
-        }
+        self._frozen = {name: parameter for parameter, name in names.items() if not parameter.requires_grad}
         self._shards = Shards(self._zero, self._stage, names, shapes)
         self._norm = self._take_over_norm()
         self._forward = Forward(model, recipe, device, through=self._deepspeed)
@@ -108,13 +105,11 @@ class ZeroEngine:
             self._shards.written()
 
     def load_frozen(self, source: TensorSource) -> None:
-        for name, part in self._frozen.items():
-            fill(part, name, source)
+        self._fill_frozen(source, prefix="")
 
     def load_model(self, source: TensorSource, prefix: str = "") -> None:
         self._stale = True
-        for name, part in self._frozen.items():
-            fill(part, prefix + name, source)
+        self._fill_frozen(source, prefix)
         for name, part in self.tensors().items():
             kind, _, parameter = name.partition("/")
             if kind == "model":
@@ -125,6 +120,11 @@ class ZeroEngine:
         total = value.clone()
         dist.all_reduce(total)
         return total
+
+    def _fill_frozen(self, source: TensorSource, prefix: str) -> None:
+        for name, parameter in self._frozen.items():
+            with _frozen_part(parameter, self._stage) as part:
+                fill(part, prefix + name, source)
 
     def _take_over_norm(self) -> Callable[[], torch.Tensor]:
         """What works out the global gradient's norm, infinite where that is not finite; DeepSpeed's step is given the result of
@@ -167,10 +167,17 @@ def _prepare_disk(folders: Folders, device: torch.device) -> str:
     return str(scratch.claim(folders.offload))
 
 
-def _frozen_part(parameter: Any, shape: torch.Size, stage: int) -> Held:
+@contextmanager
+def _frozen_part(parameter: Any, stage: int) -> Iterator[Held]:
+    """What this rank has of a frozen parameter, to be filled; of one that lies on disk, in memory meanwhile."""
     if stage != 3:
-        frozen: torch.Tensor = parameter.detach()
-        return frozen
+        yield parameter.detach()
+        return
     start, length = run_of_shard(parameter)
     shard = parameter.ds_tensor
-    return FlatPart(tuple(shape), shard.dtype, shard.device, start, length, lambda: shard.detach()[:length])
+    on_disk = shard.final_location is not None
+    if on_disk:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    yield FlatPart(tuple(parameter.ds_shape), shard.dtype, shard.device, start, length, lambda: shard.detach()[:length])
+    if on_disk:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
