@@ -60,6 +60,10 @@ def _zero(recipe: Recipe) -> Zero | None:
     return recipe.parallel if isinstance(recipe.parallel, Zero) else None
 
 
+def _stage_3(recipe: Recipe) -> bool:
+    return isinstance(recipe.parallel, Zero) and recipe.parallel.stage == 3
+
+
 def _nf4(recipe: Recipe) -> bool:
     return isinstance(recipe.adapter, Lora) and recipe.adapter.base == "nf4"
 
@@ -171,19 +175,14 @@ RULES: tuple[Rule, ...] = (
         "activation_checkpointing selective with parallel.stage 3",
         "DeepSpeed gathers parameters within a block, and the choice of operations would take its copies for the block's own",
         "activation_checkpointing=full or parallel=fsdp2",
-        lambda recipe, device: (
-            (zero := _zero(recipe)) is not None
-            and zero.stage == 3
-            and isinstance(recipe.activation_checkpointing, RecomputeCheap)
-        ),
+        lambda recipe, device: _stage_3(recipe) and isinstance(recipe.activation_checkpointing, RecomputeCheap),
     ),
     Rule(
         "adapter.dora and activation_checkpointing with parallel.stage 3",
         "DoRA looks at matrices of other layers, which DeepSpeed gathers in the forward pass but not where that is done again",
         "activation_checkpointing=none or parallel=fsdp2",
         lambda recipe, device: (
-            (zero := _zero(recipe)) is not None
-            and zero.stage == 3
+            _stage_3(recipe)
             and isinstance(recipe.adapter, Lora)
             and recipe.adapter.dora
             and isinstance(recipe.activation_checkpointing, RecomputeBlocks)
@@ -193,7 +192,7 @@ RULES: tuple[Rule, ...] = (
         "compile blocks with parallel.stage 3",
         "DeepSpeed gathers parameters layer by layer within a block, so there is no whole block to compile",
         "compile=none or parallel=fsdp2",
-        lambda recipe, device: (zero := _zero(recipe)) is not None and zero.stage == 3 and recipe.compile == "blocks",
+        lambda recipe, device: _stage_3(recipe) and recipe.compile == "blocks",
     ),
 )
 
