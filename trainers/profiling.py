@@ -80,7 +80,8 @@ class ProfileWindow:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         if self._memory:
             torch.cuda.memory._record_memory_history(max_entries=_MOST_ALLOCATIONS, stacks="python")
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        # There is one cycle and no more; without acc_events torch 2.11 warns that others would be lost.
+        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
         self._profiler.start()
 
     def _end(self) -> None:

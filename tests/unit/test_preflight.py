@@ -75,7 +75,7 @@ def save(storage: Path, step: int, base: BaseIdentity | None) -> None:
 
 def test_another_base_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
     case = Case(base=folder(tmp_path / "base"), adapter=LORA)
-    save(tmp_path / "s", 1, folder_identity(Path(folder(tmp_path / "before", rms_norm_eps=1))))
+    save(tmp_path / "s", 1, folder_identity(Path(folder(tmp_path / "before", rms_norm_eps=1.0))))
     (refused,) = found(case, storage=tmp_path / "s", run=RUN)
     assert "the adapter was trained beside another base" in refused.asked
     assert "different: config.json" in refused.asked
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_says_nothing(tmp_path: Path) -> None:
     """The run goes on from the one before, whose base counts."""
     case = Case(base=folder(tmp_path / "base"), adapter=LORA)
     save(tmp_path / "s", 1, folder_identity(tmp_path / "base"))
-    save(tmp_path / "s", 2, folder_identity(Path(folder(tmp_path / "before", rms_norm_eps=1))))
+    save(tmp_path / "s", 2, folder_identity(Path(folder(tmp_path / "before", rms_norm_eps=1.0))))
     (pieces,) = (tmp_path / "s" / RUN / "checkpoints/step-00000002").glob("pieces*")
     pieces.write_bytes(bytes(len(pieces.read_bytes())))
     assert found(case, storage=tmp_path / "s", run=RUN) == []

@@ -46,7 +46,7 @@ def change(path: Path, **keys: Any) -> None:
 def test_transformers_applies_the_stored_template_as_we_do(bare: dict[str, Path], tmp_path: Path, kind: str, name: str) -> None:
     setting = Setting(copy(bare[kind], tmp_path), chat_stream(name, tag="<TAG>"), {**text_stream("prose"), "tag": "<PROSE>"})
     (made,) = setting.renderer.encode([Document(content=Dialogue(messages=MESSAGES), source="x")])
-    assert setting.theirs.apply_chat_template(list(MESSAGES)) == made.tokens.tolist()[1:]  # type: ignore[union-attr]
+    assert setting.theirs.apply_chat_template(list(MESSAGES), return_dict=False) == made.tokens.tolist()[1:]  # type: ignore[union-attr]
     before, after = TextTokenizer(bare[kind]), setting.tokenizer
     assert after.vocab_size > before.vocab_size and after.eos_token_id == before.eos_token_id
     assert len(setting.theirs) == after.vocab_size
