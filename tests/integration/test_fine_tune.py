@@ -73,7 +73,7 @@ def test_an_adapter_beside_a_base_in_4_bits_survives_a_power_cut_and_leaves_as_p
 
 @pytest.mark.cluster
 def test_what_cannot_work_is_refused_before_anything_is_read(place: Place) -> None:
-    command = place.start("plan", "tuned.yaml", "precision=fp64")
+    command = place.start("plan", "tuned.yaml", "run.name=exact", "precision=fp64")
     assert command.wait(60) != 0
     assert "adapter.base nf4 with precision fp64" in place.log() and "precision=bf16" in place.log()
     command = place.start("plan", "tuned.yaml", "adapter.targets=[q_projection]")
