@@ -102,10 +102,12 @@ def building_folder(target: Path, on_wait: Callable[[], None]) -> Iterator[Path 
     """
     folder = target.parent / f"{_UNFINISHED}{target.name}"
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # its holder removed the folder just now
+        except (FileExistsError, FileNotFoundError):  # its holder removed the folder just now
+            if folder.is_file():
+                raise
             continue
         try:
             if not _try_lock(lock):

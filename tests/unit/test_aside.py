@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from outgrow.streaming.aside import (
     building_folder,
@@ -58,6 +61,27 @@ def finish(target: Path, folder: Path) -> None:
     commit(folder / "store", "store.json", {})
     assert put_in_place(folder / "store", target)
     discard(folder)
+
+
+def test_a_folder_that_is_removed_while_it_is_asked_for_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mkdir`` finds it there, looks whether it is a folder, and it is gone."""
+    mkdir, asked = Path.mkdir, list[Path]()
+
+    def gone_once(path: Path, *args: Any, **how: Any) -> None:
+        asked.append(path)
+        if len(asked) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *args, **how)
+
+    monkeypatch.setattr(Path, "mkdir", gone_once)
+    with building_folder(tmp_path / "abc", lambda: None) as folder:
+        assert folder is not None and folder.is_dir() and len(asked) == 2
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".unfinished-abc").touch()
+    with pytest.raises(FileExistsError), building_folder(tmp_path / "abc", lambda: None):
+        pass
 
 
 def test_one_of_many_builds_and_the_others_find_it_done(tmp_path: Path) -> None:
