@@ -134,7 +134,8 @@ def discard(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:  # the next build of the same dataset is in it already
+        # The next build of the same dataset is in it already, or was and has removed it.
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
             raise
 
 
