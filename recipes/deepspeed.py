@@ -128,5 +128,6 @@ def _zero_section(parallel: Zero, nvme_folder: str, largest_shard: int) -> JsonD
             "max_in_cpu": 0,
         }
         # It would keep as many on the device until they are used again, each in a buffer of its own, and fail where those end.
-        section |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        # One large matrix is gathered ahead; where none is, DeepSpeed loses the order in which an adapter's come.
+        section |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 1_000_000}
     return section
